@@ -27,7 +27,7 @@ def seen_from(model: PixelCNN, stack: int, row: int, column: int, height: int = 
 @pytest.mark.parametrize("row", range(HEIGHT))
 @pytest.mark.parametrize("column", range(WIDTH))
 def test_the_stacks_see_exactly_the_past(row, column):
-    """Vertical: every row above. Horizontal: every row above and everything to the left. Nothing else, no blind spot."""
+    """Vertical: every row above. Horizontal: those and everything to the left. Nothing else, and no blind spot."""
     model = small()
     above = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
     above[:row] = True

@@ -1,0 +1,76 @@
+"""Models from a configuration and the format of the images."""
+
+from pathlib import Path
+
+import torch
+
+from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.training.checkpoint import Export, ImageFormat, read_export
+from vqkernels.training.config import RunConfig
+from vqkernels.training.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, or a device of torch.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name} is not available: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def build_vqvae(config: RunConfig, images: ImageFormat) -> VQVAE:
+    chosen = config.vqvae
+    return VQVAE(
+        images.channels,
+        hidden_channels=chosen.hidden_channels,
+        code_dim=chosen.code_dim,
+        codebook_size=chosen.codebook_size,
+        downsamplings=chosen.downsamplings,
+        residual_blocks=chosen.residual_blocks,
+        residual_channels=chosen.residual_channels,
+        beta=chosen.beta,
+        ema_decay=chosen.ema_decay,
+        backend=config.backend,
+    )
+
+
+def build_prior(config: RunConfig, images: ImageFormat) -> PixelCNN:
+    chosen = config.prior
+    return PixelCNN(
+        config.vqvae.codebook_size,
+        hidden_channels=chosen.hidden_channels,
+        num_layers=chosen.num_layers,
+        num_classes=len(images.class_names) or None,
+        head_channels=chosen.head_channels,
+        dropout=chosen.dropout,
+    )
+
+
+def load_models(path: Path, device: torch.device) -> tuple[VQVAE, PixelCNN, Export]:
+    """The trained models of a run directory, in eval mode.
+
+    Raises:
+        UserError: there is no run, or it has no prior yet.
+    """
+    export = read_export(path)
+    states: dict[str, dict[str, torch.Tensor]] = {"vqvae": {}, "prior": {}}
+    for name, tensor in export.tensors.items():
+        model, _, key = name.partition(".")
+        states[model][key] = tensor
+    if not states["prior"]:
+        raise UserError(
+            f"the run {path} has no prior yet (its VQ-VAE is at step {export.step}); "
+            f"train it with 'vqkernels train --out {path} --resume'"
+        )
+    vqvae, prior = build_vqvae(export.config, export.images), build_prior(export.config, export.images)
+    vqvae.load_state_dict(states["vqvae"])
+    prior.load_state_dict(states["prior"])
+    return vqvae.to(device).eval(), prior.to(device).eval(), export

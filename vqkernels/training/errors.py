@@ -1,0 +1,5 @@
+"""The one exception for mistakes in what was asked for: a wrong path, an unreadable image, a foreign directory."""
+
+
+class UserError(ValueError):
+    """What is wrong and what to do about it, in one sentence. The command line prints it without a traceback."""

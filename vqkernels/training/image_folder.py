@@ -1,0 +1,147 @@
+"""Images in a folder: which files belong to which split and class, and their pixels.
+
+Every image is decoded when the folder is read, so that an unreadable one is found before training starts.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from vqkernels.training.errors import UserError
+
+Color = Literal["auto", "grey", "rgb", "rgba"]
+
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one present is the test split
+GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I"})
+PILLOW_MODES = {"grey": "L", "rgb": "RGB", "rgba": "RGBA"}
+
+
+class Split(NamedTuple):
+    """Pixels (N, C, H, W) uint8 and labels (N,) int64 or None."""
+
+    pixels: Tensor
+    labels: Tensor | None
+
+
+class Folder(NamedTuple):
+    train: Split
+    test: Split | None
+    class_names: tuple[str, ...]  # empty: no classes
+
+
+def read_folder(root: Path, color: Color = "auto") -> Folder:
+    """Read all images below a folder.
+
+    `root/*` are images without classes, `root/CLASS/**` images with classes, and `root/train/...` beside
+    `root/test/...` (or val, validation) two splits of either kind. Classes are sorted by name, numbers by value.
+    Images are turned upright as their EXIF data says; 16 bits are cut to 8; where the result has no transparency,
+    transparent pixels are laid on white; of an animation the first frame is taken.
+
+    Args:
+        color: grey, rgb, rgba, or auto: grey if every image is, else rgb.
+
+    Raises:
+        UserError: there is no image, one cannot be decoded, sizes differ, or the layout is none of these.
+    """
+    files = _list_images(root)
+    if not files:
+        raise UserError(f"the folder {root} holds no images ({', '.join(sorted(SUFFIXES))})")
+    top = {path.relative_to(root).parts[0] if path.parent != root else "" for path in files}
+    train_name = next((name for name in TRAIN_NAMES if name in top), None)
+    if train_name is None or not top <= {*TRAIN_NAMES, *TEST_NAMES}:
+        splits = [(root, files)]
+    else:
+        test_name = next((name for name in TEST_NAMES if name in top), None)
+        names = [train_name] if test_name is None else [train_name, test_name]
+        splits = [(root / name, [path for path in files if root / name in path.parents]) for name in names]
+
+    classes = [_classes_of(folder, paths) for folder, paths in splits]
+    class_names = tuple(sorted({name for name in classes[0] if name}, key=_natural))
+    for (folder, _), names_found in zip(splits, classes, strict=True):
+        unknown = sorted(set(names_found) - set(class_names) - ({""} if not class_names else set()))
+        if unknown:
+            where = f"the class {unknown[0]}" if unknown[0] else "images without a class"
+            raise UserError(f"{folder} holds {where}, but {splits[0][0]} does not")
+
+    everything = [path for _, paths in splits for path in paths]
+    pixels = _decode(everything, color)
+    labels = None
+    if class_names:
+        number = {name: label for label, name in enumerate(class_names)}
+        labels = torch.tensor([number[name] for names_found in classes for name in names_found])
+    count = len(splits[0][1])
+    train = Split(pixels[:count], None if labels is None else labels[:count])
+    test = Split(pixels[count:], None if labels is None else labels[count:]) if len(splits) == 2 else None
+    return Folder(train, test, class_names)
+
+
+def _list_images(root: Path) -> list[Path]:
+    files = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                files.append(Path(folder, name))
+    return files
+
+
+def _classes_of(folder: Path, paths: list[Path]) -> list[str]:
+    """The first folder below `folder` on the way to each image; "" for images right inside it."""
+    names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
+    if "" in names and any(names):
+        inside, beside = paths[names.index("")], next(path for path, name in zip(paths, names, strict=True) if name)
+        raise UserError(
+            f"{folder} holds images both directly and in class folders, such as {inside} and {beside}; "
+            "give every image a class folder, or none"
+        )
+    return names
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    return (False, int(name), name) if name.isdecimal() else (True, 0, name)
+
+
+def _decode(paths: list[Path], color: Color) -> Tensor:
+    """Pixels (N, C, H, W) uint8."""
+    if color == "auto":
+        color = "grey" if all(_open(path).mode in GREY_MODES for path in paths) else "rgb"
+    pixels = np.empty(0, dtype=np.uint8)
+    for number, path in enumerate(tqdm(paths, desc="reading images", unit="image", leave=False, disable=None)):
+        image = _open(path, color)
+        if number == 0:
+            first, size = path, image.size
+            pixels = np.empty((len(paths), size[1], size[0], len(image.getbands())), dtype=np.uint8)
+        elif image.size != size:
+            raise UserError(
+                f"images differ in size: {first} is {size[0]}x{size[1]}, but {path} is {image.size[0]}x{image.size[1]}"
+            )
+        pixels[number] = np.asarray(image).reshape(pixels.shape[1:])
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+
+
+def _open(path: Path, color: Color = "auto") -> Image.Image:
+    """The image, converted to the color; for auto only its header is read."""
+    try:
+        with Image.open(path) as image:
+            return image if color == "auto" else _convert(ImageOps.exif_transpose(image), color)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image {path} cannot be read: {error}") from error
+
+
+def _convert(image: Image.Image, color: Color) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip these at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if color != "rgba" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(PILLOW_MODES[color])

@@ -1,0 +1,246 @@
+"""Trains the VQ-VAE, then the prior on its frozen codes, in a run directory that can be resumed at any time.
+
+On the CPU an interrupted and resumed run ends in the same bits as an uninterrupted one: the batches are a function of
+(seed, step), and a checkpoint holds weights, optimizer and random state. Evaluations and pictures draw no random
+number from that state.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.training.batches import Batches
+from vqkernels.training.build import build_prior, build_vqvae, pick_device
+from vqkernels.training.checkpoint import ImageFormat, RunDirectory
+from vqkernels.training.config import RunConfig
+from vqkernels.training.data import ImageData, load_images
+from vqkernels.training.errors import UserError
+from vqkernels.training.metrics import MetricsLog
+from vqkernels.training.pictures import save_png
+from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
+
+# what may be changed when a run is resumed; the data may move, but its images must be the same
+FREE = {"data", "device", "backend", "log_every", "checkpoint_every", "picture_every", "vqvae.steps", "prior.steps"}
+
+
+class Trained(NamedTuple):
+    """What `train` leaves behind, with the models in eval mode."""
+
+    vqvae: VQVAE
+    prior: PixelCNN | None  # None until the prior's stage has begun
+    data: ImageData
+    finished: bool  # False: stopped early
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    stage: Literal["vqvae", "prior", "all"] = "all",
+    resume: bool = False,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Run the stages of a run, or what is left of them.
+
+    Args:
+        config: see `RunConfig`. A resumed run must agree with it in all but lengths, intervals and places.
+        out: the run directory, see `checkpoint`; it is not touched before data and configuration are found good.
+        stage: `vqvae` stops after the VQ-VAE; `prior` needs a run whose VQ-VAE is finished.
+        resume: continue the run in `out`.
+        progress: show a progress bar on a terminal, and a line at each checkpoint.
+        should_stop: asked after every step; True writes a checkpoint and ends the training.
+
+    Raises:
+        UserError: the configuration, the data or the directory is not as it should be, or the loss is no longer finite.
+    """
+    config.check()
+    run = RunDirectory(out, resume=resume)
+    if stage == "prior" and not resume:
+        raise UserError("the prior is trained on a finished VQ-VAE: give its run directory, and --resume")
+    device = pick_device(config.device)
+    data = load_images(config.data, color=config.color, held_out=config.held_out, seed=config.seed)
+    images = ImageFormat(data.channels, *data.size, data.class_names)
+    torch.manual_seed(config.seed)
+    vqvae = build_vqvae(config, images).to(device)
+
+    run.acquire()
+    try:
+        state = run.load_state() if resume else None
+        if state is not None:
+            _check_resumable(state, config, data, out, stage)
+        elif stage == "prior":
+            raise UserError(f"the VQ-VAE of {out} has no checkpoint yet; train it with --stage vqvae or all")
+        run.begin(config)
+        session = _Session(run, config, data, images, device, vqvae, state, progress, should_stop)
+        finished, prior = True, None
+        if state is not None:
+            vqvae.load_state_dict(state["vqvae"])
+            run.export(state, images)
+        if stage != "prior" and (state is None or state["stage"] == "vqvae"):
+            finished = session.run_stage(VQVAEStage(vqvae, config.vqvae, data, device))
+        if finished and stage != "vqvae":
+            torch.manual_seed(config.seed + 1)  # whatever the first stage drew
+            prior = build_prior(config, images).to(device)
+            finished = session.run_stage(PriorStage(prior, vqvae, config.prior, data, device, config.seed))
+            prior.eval()
+        return Trained(vqvae.eval(), prior, data, finished)
+    finally:
+        run.release()
+
+
+class _Session:
+    """Training from the last checkpoint (or the start) to the end, or to an interruption."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: RunConfig,
+        data: ImageData,
+        images: ImageFormat,
+        device: torch.device,
+        vqvae: VQVAE,
+        state: dict[str, Any] | None,
+        progress: bool,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.run, self.config, self.data, self.images, self.device = run, config, data, images, device
+        self.vqvae, self.state, self.progress, self.should_stop = vqvae, state, progress, should_stop
+
+    def run_stage(self, stage: TrainingStage) -> bool:
+        """Train a stage to its end; False if stopped before."""
+        config, steps = stage.config, stage.config.steps
+        optimizer = torch.optim.Adam(stage.model.parameters(), lr=config.learning_rate)
+        step = 0
+        if self.state is not None and self.state["stage"] == stage.name:
+            step = self.state["step"]
+            stage.model.load_state_dict(self.state[stage.name])
+            optimizer.load_state_dict(self.state["optimizer"])
+            _set_random_state(self.state["random"], self.device)
+        stage.model.train()
+        batches = Batches(len(self.data.train), config.batch_size, self.config.seed)
+        length = 0 if self.state is None else self.state["metrics_length"]
+        log = MetricsLog(self.run.metrics_file, self.run.events, stage.name, step=step, length=length)
+        bar = tqdm(
+            total=steps,
+            initial=step,
+            desc=stage.name,
+            unit="step",
+            disable=None if self.progress else True,
+            leave=False,
+        )
+        stopped, since, images_seen = False, time.perf_counter(), 0
+        try:
+            while step < steps and not stopped:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _schedule(config.schedule, step, steps)
+                indices = batches.indices(step)
+                loss, metrics = stage.loss(indices)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step, images_seen = step + 1, images_seen + len(indices)
+                bar.update()
+                stopped, last = self.should_stop(), step == steps
+                checkpoint = last or stopped or step % self.config.checkpoint_every == 0
+                if last or step % self.config.log_every == 0:
+                    now = time.perf_counter()
+                    rate, since, images_seen = images_seen / (now - since), now, 0
+                    values = {"loss": float(loss.detach()), **{name: float(value) for name, value in metrics.items()}}
+                    self._check_finite(values["loss"], stage, step)
+                    log.write(step, {**values, "images_per_second": round(rate, 1)})
+                    bar.set_postfix_str(_summary({**values, "images/s": rate}))
+                if checkpoint:
+                    self._check_finite(float(loss.detach()), stage, step)
+                    if not stopped:
+                        self._evaluate(stage, step, log)
+                if last or step % self.config.picture_every == 0:
+                    self._draw(stage, step, log)
+                if checkpoint:
+                    self._save(stage, step, optimizer, log)
+        finally:
+            bar.close()
+            log.close()
+        return step >= steps
+
+    def _evaluate(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
+        values = stage.evaluate()
+        if values:
+            log.write(step, values)
+            if self.progress:
+                tqdm.write(f"{stage.name} step {step}/{stage.config.steps}: {_summary(values)}", file=sys.stderr)
+
+    def _draw(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
+        for name, grid in stage.pictures().items():
+            save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
+            log.picture(step, name, grid)
+
+    def _save(self, stage: TrainingStage, step: int, optimizer: torch.optim.Optimizer, log: MetricsLog) -> None:
+        self.state = {
+            "config": self.config.to_toml(),
+            "data": self.data.fingerprint(),
+            "stage": stage.name,
+            "step": step,
+            "vqvae": self.vqvae.state_dict(),
+            "prior": stage.model.state_dict() if stage.name == "prior" else {},
+            "optimizer": optimizer.state_dict(),
+            "random": _random_state(self.device),
+            "metrics_length": log.sync(),
+        }
+        self.run.save(self.state, self.images)
+
+    def _check_finite(self, loss: float, stage: TrainingStage, step: int) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of the {stage.name} is {loss} at step {step}; the last checkpoint in {self.run.path} is "
+                "untouched, try a lower learning rate in a new run"
+            )
+
+
+def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, out: Path, stage: str) -> None:
+    """Raise UserError unless the state can be continued under this configuration."""
+    before = RunConfig.from_toml(state["config"], str(out))
+    prior_begun = state["stage"] == "prior"
+    changed = [
+        name
+        for name in config.differences(before)
+        if (name not in FREE and (prior_begun or not name.startswith("prior.")))
+        or (prior_begun and name == "vqvae.steps")
+    ]
+    if changed:
+        raise UserError(f"the run {out} was begun with another {' and '.join(changed)}; a resumed run cannot change it")
+    if state["data"] != data.fingerprint():
+        raise UserError(f"the images of {config.data} are not those that the run {out} was begun with")
+    if stage == "vqvae" and prior_begun:
+        raise UserError(f"the VQ-VAE of {out} is frozen, for its prior is being trained; use --stage prior or all")
+    if stage == "prior" and not prior_begun and state["step"] < config.vqvae.steps:
+        raise UserError(
+            f"the VQ-VAE of {out} has done {state['step']} of its {config.vqvae.steps} steps; "
+            "finish it with --stage vqvae, or lower --vqvae.steps"
+        )
+
+
+def _schedule(kind: str, step: int, steps: int) -> float:
+    return 1.0 if kind == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _summary(values: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())

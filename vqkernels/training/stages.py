@@ -1,0 +1,177 @@
+"""The two stages of a run: what each one trains, measures and draws."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.training.config import PriorConfig, Stage, VQVAEConfig
+from vqkernels.training.data import ImageData, ImageSet
+from vqkernels.training.pictures import image_grid, side_by_side
+
+CHUNK = 256  # images per forward pass outside training
+EVALUATED = 1024  # held-out images that an evaluation looks at
+DRAWN = 32  # images of a reconstruction grid
+PER_CLASS = 8  # samples of a class in a sample grid
+CLASSES_DRAWN = 16
+
+
+class TrainingStage(Protocol):
+    """What the loop asks of a stage."""
+
+    name: Stage
+
+    @property
+    def config(self) -> VQVAEConfig | PriorConfig: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch of training images, and metrics of it (0-d tensors)."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out images; empty if there are none."""
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Image grids (C, H, W) uint8 by name."""
+
+
+class VQVAEStage:
+    """Trains the VQ-VAE on images."""
+
+    name: Stage = "vqvae"
+
+    def __init__(self, vqvae: VQVAE, config: VQVAEConfig, data: ImageData, device: torch.device) -> None:
+        self.model, self.config, self.data, self.device = vqvae, config, data, device
+
+    def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        _, _, losses = self.model(self.data.train.batch(indices, self.device))
+        return losses.total, {
+            "reconstruction": losses.reconstruction.detach(),
+            "quantization": losses.quantization.detach(),
+            "perplexity": self.model.quantizer.perplexity,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        images = self.data.held_out
+        if not len(images):
+            return {}
+        squared, counts = 0.0, torch.zeros(self.config.codebook_size, dtype=torch.int64)
+        seen = min(len(images), EVALUATED)
+        self.model.eval()
+        for chunk in _chunks(seen):
+            x = images.batch(chunk, self.device)
+            reconstruction, indices, _ = self.model(x)
+            squared += float((reconstruction - x).square().mean((1, 2, 3)).double().sum())
+            counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
+        self.model.train()
+        return {"held_out_reconstruction": squared / seen, "held_out_perplexity": perplexity(counts)}
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, Tensor]:
+        images = self.data.held_out if len(self.data.held_out) else self.data.train
+        x = images.batch(slice(DRAWN), self.device)
+        self.model.eval()
+        reconstruction = self.model(x)[0]
+        self.model.train()
+        return {"reconstructions": side_by_side(x, reconstruction, 8)}
+
+
+class PriorStage:
+    """Trains the prior on the codes of a frozen VQ-VAE."""
+
+    name: Stage = "prior"
+
+    def __init__(
+        self, prior: PixelCNN, vqvae: VQVAE, config: PriorConfig, data: ImageData, device: torch.device, seed: int
+    ) -> None:
+        self.model, self.config, self.data, self.device, self.seed = prior, config, data, device, seed
+        self.vqvae = vqvae.eval().requires_grad_(False)
+        self.train_codes = encode(vqvae, data.train, device)
+        self.held_out_codes = encode(vqvae, data.held_out.select(torch.arange(len(data.held_out))[:EVALUATED]), device)
+
+    def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self._cross_entropy(self.train_codes, self.data.train.labels, indices)
+        return loss, {"perplexity": loss.detach().exp()}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        if not len(self.held_out_codes):
+            return {}
+        total = 0.0
+        self.model.eval()
+        for chunk in _chunks(len(self.held_out_codes)):
+            loss = self._cross_entropy(self.held_out_codes, self.data.held_out.labels, chunk)
+            total += float(loss) * (chunk.stop - chunk.start)
+        self.model.train()
+        return {"held_out_nats_per_code": total / len(self.held_out_codes)}
+
+    def pictures(self) -> dict[str, Tensor]:
+        classes = min(len(self.data.class_names), CLASSES_DRAWN)
+        labels = torch.arange(classes).repeat_interleave(PER_CLASS) if classes else None
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        count = PER_CLASS**2 if labels is None else len(labels)
+        images = draw(self.vqvae, self.model, self.data.size, count, labels=labels, generator=generator)
+        return {"samples": image_grid(images, PER_CLASS)}
+
+    def _cross_entropy(self, codes: Tensor, labels: Tensor | None, indices: Tensor | slice) -> Tensor:
+        """Mean negative log-likelihood of a code, in nats."""
+        batch = codes[indices].to(self.device)
+        return F.cross_entropy(self.model(batch, None if labels is None else labels[indices].to(self.device)), batch)
+
+
+@torch.no_grad()
+def encode(vqvae: VQVAE, images: ImageSet, device: torch.device) -> Tensor:
+    """Codes (N, h, w) int64 of all images, on the CPU."""
+    if not len(images):
+        return torch.empty(0, 1, 1, dtype=torch.int64)
+    return torch.cat([vqvae.encode(images.batch(chunk, device)).cpu() for chunk in _chunks(len(images))])
+
+
+@torch.no_grad()
+def draw(
+    vqvae: VQVAE,
+    prior: PixelCNN,
+    size: tuple[int, int],
+    count: int,
+    *,
+    labels: Tensor | None,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Images (count, C, H, W) in [-1, 1], drawn from the prior for labels (count,) and decoded.
+
+    Args:
+        size: height and width of the images.
+        generator: source of randomness, on the models' device.
+    """
+    device = next(prior.parameters()).device
+    codes = prior.sample(
+        (count, *vqvae.latent_size(size)),
+        labels=None if labels is None else labels.to(device),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+        progress=progress,
+    )
+    return torch.cat([vqvae.decode(part, size) for part in codes.split(CHUNK)]).clamp(-1, 1)
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy (nats) of how often each code (K,) was used: the number of codes in effective use."""
+    frequency = counts[counts > 0].double() / counts.sum()
+    return float(torch.exp(-(frequency * frequency.log()).sum()))
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    for start in range(0, count, CHUNK):
+        yield slice(start, min(start + CHUNK, count))
