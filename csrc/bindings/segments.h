@@ -1,0 +1,39 @@
+// Threads for the segment sums, shared by the statistics and quantize operators.
+#pragma once
+#include "../cpu/statistics.h"
+#include "views.h"
+
+namespace vqkernels {
+
+struct Statistics {
+  Tensor counts, sums;
+};
+
+inline Statistics empty_statistics(const Tensor& z, int64_t codebook_size) {
+  const ScalarType sums = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return {torch::stable::empty({z.size(1), codebook_size}, ScalarType::Long),
+          torch::stable::empty({z.size(1), codebook_size, z.size(3)}, sums)};
+}
+
+// Calls f(first code, last code) for ranges that cover all codes and hold about equally many rows.
+template <class F> void for_code_ranges(const Segments& segments, const F& f) {
+  const int64_t parts = int64_t(torch::stable::get_num_threads()) * 4;
+  const std::vector<int64_t> boundary = balance_codes(segments, parts);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) f(boundary[part], boundary[part + 1]);
+  });
+}
+
+// Writes one head of the statistics from the code of each row (negative: the row counts nowhere).
+inline void write_statistics(const Rows& rows, const std::vector<int32_t>& code, int64_t codebook_size, int64_t head,
+                             Statistics& out) {
+  const Segments segments = group_by_code(code.data(), rows.count(), codebook_size);
+  int64_t* counts = static_cast<int64_t*>(out.counts.mutable_data_ptr()) + head * codebook_size;
+  for (int64_t k = 0; k < codebook_size; ++k) counts[k] = segments.start[k + 1] - segments.start[k];
+  const DType type = dtype_of(out.sums);
+  char* sums = static_cast<char*>(out.sums.mutable_data_ptr()) +
+               head * codebook_size * rows.channels * element_size(type);
+  for_code_ranges(segments, [&](int64_t first, int64_t last) { sum_segments(rows, segments, first, last, type, sums); });
+}
+
+}  // namespace vqkernels

@@ -1,0 +1,28 @@
+// What follows the search, while the rows are still in cache: look-up, residual, squared error; and the backward pass.
+//
+// Fused: gather, rounding to z's dtype, writing in z's layout, direct residual z - e, squared error. Nothing N x K and no
+// one-hot is built. Arithmetic is double, so the losses are those of the stored values; sums run in a fixed order.
+#pragma once
+#include <stdint.h>
+
+#include "rows.h"
+
+namespace vqkernels {
+
+// A tensor of z's dtype and sizes that is written: same meaning of the strides as in Rows.
+struct RowsOut {
+  void* data;
+  int64_t batch_stride, position_stride, channel_stride;
+};
+
+// quantized <- the code of each row in [begin, end), zeros where index < 0. Returns the summed squared error of the rows
+// with index >= 0: NaN if one of them is not finite.
+double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantized, int64_t begin, int64_t end,
+                   const int64_t* index, const bool* finite);
+
+// grad_z <- grad_quantized + scale (z - e) for rows [begin, end); 0 where index < 0; NaN where the row is not finite.
+// Writes finite[i] for the rows with index >= 0.
+void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quantized, double scale,
+                   const RowsOut& grad_z, int64_t begin, int64_t end, const int64_t* index, bool* finite);
+
+}  // namespace vqkernels

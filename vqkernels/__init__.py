@@ -1,0 +1,19 @@
+"""Fused, exact kernels for vector quantization. The public names are those in `__all__`."""
+
+from . import nn, reference
+from .backends.registry import use_backend
+from .ops.nearest import nearest_code
+from .ops.quantize import VectorQuantizeFunction, vector_quantize
+from .ops.statistics import codebook_statistics
+from .version import __version__
+
+__all__ = [
+    "VectorQuantizeFunction",
+    "__version__",
+    "codebook_statistics",
+    "nearest_code",
+    "nn",
+    "reference",
+    "use_backend",
+    "vector_quantize",
+]

@@ -1,0 +1,1 @@
+"""Who computes: the kernels of each device, the fallback, and the registry that chooses among them."""

@@ -1,0 +1,214 @@
+"""The fallback: the contract in plain PyTorch at the speed of a matrix product, on any device.
+
+Rows go in chunks, so that a block of scores stays below `_BLOCK_ELEMENTS`. A float32 product gives every score with a
+proved error bound (the argument stands in csrc/cpu/codebook.h; a product may add its terms in any order, so the same
+constant holds); rows whose two smallest bounds are not clearly apart have their candidates scored again in float64,
+channel by channel, as the contract says. Ties: lowest index. Shapes are canonical, as in `vqkernels.ops.layout`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 22  # scores alive at once: 16 MB of float32
+_UNIT = 2.0**-24
+
+
+def nearest(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Indices `(batch, heads, positions)` and how many unmasked rows the filter decided."""
+    indices = torch.empty(z.shape[:3], dtype=torch.int64, device=z.device)
+    decided = torch.zeros((), dtype=torch.int64, device=z.device)
+    for head in range(z.shape[1]):
+        rows = z[:, head].reshape(-1, z.shape[3])
+        kept = None if mask is None else mask[:, head].reshape(-1)
+        found, count = _nearest(rows, codebook[head], kept, metric, precision)
+        indices[:, head] = found.view(z.shape[0], z.shape[2])
+        decided += count
+    return indices, decided
+
+
+def _nearest(rows: Tensor, codes: Tensor, kept: Tensor | None, metric: str, precision: str) -> tuple[Tensor, Tensor]:
+    if kept is not None:  # a masked row may hold anything: it is replaced before any arithmetic
+        rows = torch.where(kept[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+    finite = rows.isfinite().all(1)
+    rows = torch.where(finite[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+    usable = codes.isfinite().all(1).nonzero().squeeze(1)
+    if len(usable) == 0:
+        found = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        certified = torch.ones_like(finite)
+    else:
+        codes = codes[usable]
+        step = max(1, _BLOCK_ELEMENTS // max(codes.shape))
+        parts = [_search(block, codes, metric, precision) for block in rows.split(step)] if len(rows) else []
+        found = torch.cat([usable[i] for i, _ in parts]) if parts else usable.new_empty(0)
+        certified = torch.cat([c for _, c in parts]) if parts else finite
+    found = torch.where(finite, found, 0)
+    certified = certified | ~finite
+    if kept is not None:
+        found = torch.where(kept, found, -1)
+        certified = certified & kept
+    return found, certified.sum()
+
+
+def _search(rows: Tensor, codes: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
+    """Index of each row among finite codes, and whether the filter decided it."""
+    wide, wide_codes = rows.to(torch.float64), codes.to(torch.float64)
+    direction_is_known = True
+    if metric == "cosine":
+        norm = contract_norm(wide_codes)
+        direction_is_known = ((norm == 0) | ((norm > 2.0**-480) & (norm < 2.0**480))).all()
+        target = torch.where(norm[:, None] > 0, wide_codes / norm.clamp_min(1e-300)[:, None], 0.0)
+    else:
+        centre = wide_codes.mean(0) if metric == "euclidean" else wide_codes.new_zeros(())
+        largest = (wide_codes - centre).abs().max()
+        scale = torch.exp2(-torch.frexp(largest).exponent.to(torch.float64).clamp(-126, 126))
+        wide, target = (wide - centre) * scale, (wide_codes - centre) * scale
+    half_square = target.square().sum(1) / 2 if metric == "euclidean" else target.new_zeros(len(target))
+
+    # Lower bounds L of the scores, with the error of each code folded in.
+    terms = rows.shape[1] + 16.0
+    unit = _UNIT if _product_is_float32(rows) else 2.0**-53
+    error = 1.02 * terms * unit / (1 - terms * unit) if terms * unit < 0.01 else math.inf
+    work = torch.float32 if unit == _UNIT else torch.float64
+    row_norm, code_norm = wide.square().sum(1).sqrt(), target.square().sum(1).sqrt()
+    in_range = (row_norm < 2.0**60) & (target.abs().max() <= 1) & math.isfinite(error) & direction_is_known
+    folded = error if precision == "exact" and math.isfinite(error) else 0.0
+    bound = (half_square * (1 - folded)).to(work) - wide.to(work) @ target.to(work).T
+    if precision == "fast":
+        return bound.argmin(1), torch.ones_like(in_range)
+    bound = bound.to(torch.float64) - (folded * row_norm)[:, None] * code_norm
+
+    best, slot = bound.min(1)
+    slack = 2 * folded * 1.0001 * (half_square[slot] + row_norm * code_norm[slot])
+    if metric == "euclidean":
+        slack = slack + terms * 2.0**-52 * (row_norm + code_norm[slot]) ** 2
+    slack = slack + 4 * terms * (2.0**-123 * (1 + row_norm) + folded * 2.0**-62)
+    threshold = torch.where(in_range, best + slack, torch.inf)
+    candidate = ~(bound > threshold[:, None])
+    certified = candidate.sum(1) <= 1
+    undecided = (~certified).nonzero().squeeze(1)
+    # Few candidates a row are the rule; a row may have all K, so the pairs are scored in blocks too.
+    pairs = int(candidate[undecided].sum())
+    step = max(1, _BLOCK_ELEMENTS * max(len(undecided), 1) // max(pairs, 1))
+    for block in undecided.split(step) if len(undecided) else ():
+        slot[block] = _rescore(rows[block], codes, candidate[block], metric)
+    return slot, certified
+
+
+def _rescore(rows: Tensor, codes: Tensor, candidate: Tensor, metric: str) -> Tensor:
+    """The contract over the candidates (row, code): the lowest index among those with the smallest float64 score."""
+    row, code = candidate.nonzero(as_tuple=True)
+    channels, code_channels = rows.to(torch.float64).T.contiguous(), codes.to(torch.float64).T.contiguous()
+    score = channels.new_zeros(len(row))
+    for z_d, e_d in zip(channels, code_channels, strict=True):
+        if metric == "euclidean":
+            difference = z_d[row] - e_d[code]
+            score = score + difference * difference
+        else:
+            score = score - z_d[row] * e_d[code]
+    if metric == "cosine":
+        norm = contract_norm(codes.to(torch.float64))[code]
+        score = torch.where(norm > 0, score / torch.where(norm > 0, norm, 1.0), 0.0)
+    score = torch.where(score.isnan(), torch.inf, score)
+    lowest = score.new_full((len(rows),), torch.inf).scatter_reduce(0, row, score, "amin")
+    none = len(codes)
+    chosen = torch.where(score == lowest[row], code, none)
+    return chosen.new_full((len(rows),), none).scatter_reduce(0, row, chosen, "amin")
+
+
+def contract_norm(codes: Tensor) -> Tensor:
+    """sqrt(sum of e_d^2) in float64, channels in order."""
+    square = codes.new_zeros(len(codes))
+    for channel in codes.T:
+        square = square + channel * channel
+    return square.sqrt()
+
+
+def _product_is_float32(x: Tensor) -> bool:
+    """Whether a float32 matrix product on x's device really computes in float32 under the user's settings."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return False
+    return x.device.type == "cpu" or not (x.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+
+
+def statistics(z: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Counts and sums of the rows of each code, in a fixed order: a stable sort, then one cumulative walk per code."""
+    batch, heads, positions, channels = z.shape
+    counted = (indices >= 0) if mask is None else (indices >= 0) & mask
+    if bool((counted & (indices >= codebook_size)).any()):
+        raise RuntimeError(f"indices hold a code that is not below codebook_size = {codebook_size}")
+    counts = torch.zeros(heads, codebook_size, dtype=torch.int64, device=z.device)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    sums = torch.zeros(heads, codebook_size, channels, dtype=dtype, device=z.device)
+    for head in range(heads):
+        rows = z[:, head].reshape(-1, channels)
+        kept = counted[:, head].reshape(-1)
+        code = indices[:, head].reshape(-1)[kept]
+        rows = rows[kept]
+        finite = rows.isfinite().all(1)
+        rows, code = rows[finite], code[finite]
+        counts[head] = torch.bincount(code, minlength=codebook_size)
+        sums[head] = _segment_sums(rows.to(torch.float64), code, codebook_size).to(dtype)
+    return counts, sums
+
+
+def _segment_sums(rows: Tensor, code: Tensor, codebook_size: int) -> Tensor:
+    """Float64 sums of the rows of each code, in ascending order of rows, whatever the device."""
+    order = torch.sort(code, stable=True).indices
+    lengths = torch.bincount(code, minlength=codebook_size)
+    return torch.segment_reduce(rows[order], "sum", lengths=lengths, axis=0, unsafe=True, initial=0.0)
+
+
+def quantize(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str, statistics_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Look-up, indices, squared error and statistics; see `vqkernels.ops.quantize`."""
+    indices, _ = nearest(z, codebook, mask, metric, precision)
+    quantized = torch.empty_like(z)
+    error = torch.zeros((), dtype=torch.float64, device=z.device)
+    for head in range(z.shape[1]):
+        codes = codebook[head][indices[:, head].clamp_min(0)]
+        kept = (indices[:, head] >= 0).unsqueeze(-1)
+        quantized[:, head] = torch.where(kept, codes, 0.0).to(z.dtype)
+        error += torch.where(kept, z[:, head].to(torch.float64) - codes.to(torch.float64), 0.0).square().sum()
+        # inf - inf and inf^2 are not always NaN: a row that is not finite makes the error NaN by contract.
+        error += torch.where(kept, z[:, head].to(torch.float64) * 0.0, 0.0).sum()
+    if statistics_wanted:
+        counts, sums = statistics(z, indices, codebook.shape[1], None)
+    else:
+        counts = indices.new_empty(0)
+        sums = z.new_empty(0, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    return quantized, indices, error, counts, sums
+
+
+def quantize_backward(
+    grad_quantized: Tensor,
+    grad_codebook_loss: Tensor,
+    grad_commitment_loss: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    codebook_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of z and of the codebook; see `vqkernels.ops.quantize`."""
+    grad_z = torch.empty_like(z)
+    grad_codebook = torch.empty_like(codebook) if codebook_gradient else codebook.new_empty(0)
+    mean = 2.0 / ((indices >= 0).sum().clamp_min(1).to(torch.float64) * z.shape[3])
+    commitment, loss = grad_commitment_loss * mean, grad_codebook_loss * mean
+    for head in range(z.shape[1]):
+        kept = (indices[:, head] >= 0).unsqueeze(-1)
+        rows = torch.where(kept, z[:, head], 0.0).to(torch.float64)
+        finite = rows.isfinite().all(-1, keepdim=True)
+        residual = rows - codebook[head][indices[:, head].clamp_min(0)].to(torch.float64)
+        gradient = torch.where(finite, grad_quantized[:, head] + commitment * residual, torch.nan)
+        grad_z[:, head] = torch.where(kept, gradient, 0.0).to(z.dtype)
+        if codebook_gradient:
+            counted = (kept & finite).reshape(-1)
+            part = -residual.reshape(-1, z.shape[3])[counted]
+            sums = _segment_sums(part, indices[:, head].reshape(-1)[counted], codebook.shape[1])
+            used = torch.bincount(indices[:, head].reshape(-1)[counted], minlength=codebook.shape[1]) > 0
+            grad_codebook[head] = torch.where(used[:, None], loss * sums, 0.0).to(codebook.dtype)
+    return grad_z, grad_codebook

@@ -1,0 +1,5 @@
+"""Layers that a model swaps in."""
+
+from .vector_quantizer import VectorQuantizer
+
+__all__ = ["VectorQuantizer"]

@@ -1,0 +1,1 @@
+"""The operations: one file each, with schema, checks, fake kernel, autograd Function and public function."""

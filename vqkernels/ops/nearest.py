@@ -1,0 +1,67 @@
+"""Nearest-code search: the index of the nearest code of every row, exact on every backend."""
+
+import torch
+from torch import Tensor
+
+from ..backends import eager, registry
+from .layout import METRICS, PRECISIONS, check_choice, check_mask, codebook_heads, layout_of
+from .registration import Operation
+
+
+def _fake(z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape[:3], dtype=torch.int64), z.new_empty((), dtype=torch.int64)
+
+
+nearest = Operation(
+    "nearest",
+    "(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision) -> (Tensor indices, Tensor decided)",
+    _fake,
+    eager.nearest,
+)
+
+
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    mask: Tensor | None = None,
+    metric: str = "euclidean",
+    precision: str = "exact",
+    channel_dim: int = -1,
+    backend: str = "auto",
+    return_certificate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The index of the nearest code of every row of z.
+
+    Args:
+        z: `(..., D)`, or any layout whose channel axis is `channel_dim`; float32, bfloat16, float16 or float64.
+        codebook: `(K, D)`, or `(H, K, D)` for one codebook per head with z `(H, ..., D)`; its dtype may differ from z's.
+        mask: bool, z's shape without the channel axis. Rows where it is False are not read and get index -1.
+        metric: "euclidean" (smallest distance), "dot" (largest product) or "cosine" (largest product over the code's norm).
+        precision: "exact" obeys the contract of `vqkernels.reference`: the index is the lowest that minimises the float64
+            score, on every backend, thread count and batch split. "fast" takes the minimum of the filter's native
+            arithmetic, which may differ where two codes are nearly equally near.
+        channel_dim: the axis of z that holds the D channels.
+        backend: "auto", or a backend by name, which is then taken or refused.
+        return_certificate: also return the fraction of unmasked rows that the filter decided without re-scoring.
+
+    Returns:
+        int64 indices of z's shape without the channel axis; with `return_certificate` a pair of them and a 0-d float32.
+        No gradient flows. Rows with a NaN or an infinity get index 0; codes with one are never chosen.
+
+    Raises:
+        TypeError, ValueError: one sentence that names the argument, what was expected and what came.
+    """
+    check_choice("metric", metric, METRICS)
+    check_choice("precision", precision, PRECISIONS)
+    layout = layout_of(z, codebook, channel_dim)
+    check_mask(mask, z, channel_dim)
+    rows = layout.rows(z.detach())
+    row_mask = None if mask is None else layout.per_row(mask, rows)
+    chosen = registry.resolve(backend, z.device.type)
+    indices, decided = nearest(chosen, rows, codebook_heads(codebook.detach()), row_mask, metric, precision)
+    indices = layout.restore_per_row(indices)
+    if not return_certificate:
+        return indices
+    total = indices.numel() if mask is None else mask.sum().clamp_min(1)
+    return indices, (decided / (total if mask is not None else max(total, 1))).to(torch.float32)

@@ -1,0 +1,28 @@
+"""Registers the operators of the library with torch: schema, fake kernel, fallback.
+
+Every operation `X` becomes two overloads: `vqkernels::X`, which the kernels of each device implement, and
+`vqkernels::X.eager`, the fallback on any device. A graph therefore shows which backend was chosen.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("vqkernels", "DEF")
+
+
+class Operation:
+    """One operation: call it with the name of a backend, then the arguments of its schema."""
+
+    def __init__(self, name: str, arguments: str, fake: Callable[..., Any], eager: Callable[..., Any]) -> None:
+        for overload in ("", ".eager"):
+            _library.define(f"{name}{overload}{arguments}", tags=(torch.Tag.needs_exact_strides,))
+            torch.library.register_fake(f"vqkernels::{name}{overload}", fake, lib=_library)
+        _library.impl(f"{name}.eager", eager, "CompositeExplicitAutograd")
+        packet = getattr(torch.ops.vqkernels, name)
+        self.kernel = packet.default
+        self.eager = packet.eager
+
+    def __call__(self, backend: str, *arguments: Any) -> Any:
+        return self.eager(*arguments) if backend == "eager" else self.kernel(*arguments)

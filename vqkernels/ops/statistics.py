@@ -1,0 +1,65 @@
+"""Codebook statistics: how many rows chose each code, and their sums, deterministic to the bit."""
+
+import torch
+from torch import Tensor
+
+from ..backends import eager, registry
+from .layout import check_mask, layout_of
+from .registration import Operation
+
+
+def _fake(z: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    heads, channels = z.shape[1], z.shape[3]
+    sums = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return (
+        z.new_empty((heads, codebook_size), dtype=torch.int64),
+        z.new_empty((heads, codebook_size, channels), dtype=sums),
+    )
+
+
+statistics = Operation(
+    "statistics",
+    "(Tensor z, Tensor indices, SymInt codebook_size, Tensor? mask) -> (Tensor counts, Tensor sums)",
+    _fake,
+    eager.statistics,
+)
+
+
+def codebook_statistics(
+    z: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    *,
+    mask: Tensor | None = None,
+    channel_dim: int = -1,
+    batched: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Counts and sums of the rows of each code: what an EMA codebook update needs.
+
+    Args:
+        z: `(..., D)`, or any layout whose channel axis is `channel_dim`.
+        indices: int64, z's shape without the channel axis, in [-1, codebook_size); -1 marks a row that counts nowhere.
+        codebook_size: K.
+        mask: bool, like `indices`; rows where it is False are not read.
+        batched: axis 0 of z, indices and mask is the head, each with statistics of its own.
+
+    Returns:
+        `counts (K,)` int64 and `sums (K, D)` float32 (float64 where z is), with a leading axis H if `batched`: each sum is accumulated in float64 over the
+        rows in ascending order and rounded once. Rows with a NaN or an infinity count nowhere.
+    """
+    if not isinstance(codebook_size, int) or codebook_size < 1:
+        raise ValueError(f"codebook_size must be a positive int, got {codebook_size!r}")
+    if not isinstance(z, Tensor) or z.dim() < 1:
+        raise TypeError("z must be a tensor of at least one dimension")
+    one_code = z.new_empty((1, z.shape[channel_dim]))
+    layout = layout_of(z, one_code.expand(z.shape[0], -1, -1) if batched else one_code, channel_dim)
+    check_mask(mask, z, channel_dim)
+    expected = (z.shape[0], *layout.lead) if batched else layout.lead
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or tuple(indices.shape) != expected:
+        raise ValueError(f"indices must be int64 of z's shape without channels, {list(expected)}")
+    rows = layout.rows(z.detach())
+    row_mask = None if mask is None else layout.per_row(mask, rows)
+    chosen = registry.resolve(backend, z.device.type)
+    counts, sums = statistics(chosen, rows, layout.per_row(indices, rows), codebook_size, row_mask)
+    return (counts, sums) if batched else (counts[0], sums[0])

@@ -1,0 +1,99 @@
+"""The specification: the exactness contract and every operation, written plainly. Slow, any device, float64.
+
+Tests, benchmarks and the curious import this file; nothing fast does. Shapes here are canonical: z `(N, D)`, codebook
+`(K, D)`, mask `(N,)`; a leading head axis on all of them means one independent problem per head.
+
+The contract. The index of row z is the lowest k that minimises
+
+    S_k = sum over d = 0 .. D-1, in order, of (z_d - e_kd)^2
+
+in float64 on the stored values, subtraction, multiplication and addition each rounded separately. For `metric="dot"` it
+is the lowest k that maximises the sum of z_d * e_kd in the same arithmetic, for `metric="cosine"` that sum divided by
+sqrt(sum of e_kd^2), where a zero code scores 0. A code with a NaN or an infinity is never chosen (all such: index 0). A
+row with one gets index 0, code 0, and counts nowhere. A masked row gets index -1 and zeros.
+"""
+
+import torch
+from torch import Tensor
+
+METRICS = ("euclidean", "dot", "cosine")
+
+
+def scores(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+    """The contract's scores `(N, K)` in float64; the smallest is nearest. Non-finite codes and NaN scores are +inf."""
+    rows, codes = z.detach().to(torch.float64), codebook.detach().to(torch.float64)
+    total = rows.new_zeros(len(rows), len(codes))
+    for d in range(rows.shape[1]):
+        if metric == "euclidean":
+            difference = rows[:, None, d] - codes[None, :, d]
+            total = total + difference * difference
+        else:
+            total = total - rows[:, None, d] * codes[None, :, d]
+    if metric == "cosine":
+        square = codes.new_zeros(len(codes))
+        for d in range(codes.shape[1]):
+            square = square + codes[:, d] * codes[:, d]
+        norm = square.sqrt()
+        total = torch.where(norm > 0, total / norm.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    never = ~codes.isfinite().all(1) | total.isnan()
+    return total.masked_fill(never, torch.inf)
+
+
+def nearest(z: Tensor, codebook: Tensor, *, mask: Tensor | None = None, metric: str = "euclidean") -> Tensor:
+    """The index of each row under the contract: `(N,)` int64."""
+    if codebook.dim() == 3:
+        masks = [None] * len(z) if mask is None else list(mask)
+        return torch.stack([nearest(*p, mask=m, metric=metric) for *p, m in zip(z, codebook, masks, strict=True)])
+    table = scores(z.nan_to_num(0.0, 0.0, 0.0), codebook, metric)
+    lowest = table.min(dim=1, keepdim=True).values
+    # The lowest index among equals. Where every score is +inf that is the first finite code, or 0 if there is none.
+    finite = codebook.detach().isfinite().all(1)
+    equal = (table == lowest) & (finite | ~finite.any())
+    indices = equal.int().argmax(dim=1)
+    indices = torch.where(z.detach().isfinite().all(1), indices, 0)
+    return indices if mask is None else torch.where(mask, indices, -1)
+
+
+def statistics(
+    z: Tensor, indices: Tensor, codebook_size: int, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """How many rows chose each code, `(K,)` int64, and their sums, `(K, D)` float64."""
+    if z.dim() == 3:
+        masks = [None] * len(z) if mask is None else list(mask)
+        parts = [statistics(*p, codebook_size, mask=m) for *p, m in zip(z, indices, masks, strict=True)]
+        return torch.stack([c for c, _ in parts]), torch.stack([s for _, s in parts])
+    counted = (indices >= 0) & z.detach().isfinite().all(1)
+    if mask is not None:
+        counted = counted & mask
+    rows, codes = z.detach()[counted].to(torch.float64), indices[counted]
+    counts = torch.zeros(codebook_size, dtype=torch.int64, device=z.device)
+    sums = torch.zeros(codebook_size, z.shape[1], dtype=torch.float64, device=z.device)
+    for row, code in zip(rows, codes.tolist(), strict=True):
+        counts[code] += 1
+        sums[code] += row
+    return counts, sums
+
+
+def vector_quantize(
+    z: Tensor, codebook: Tensor, *, mask: Tensor | None = None, metric: str = "euclidean"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantized rows, indices, codebook loss and commitment loss (van den Oord et al. 2017, equation 3).
+
+    `codebook_loss = mean ||sg[z] - e||^2`, `commitment_loss = mean ||z - sg[e]||^2`, both over all unmasked elements;
+    the gradient of the quantized rows passes straight through to z. Differentiable by autograd in the inputs' dtype.
+    Where a row is not finite, forward values hold but its gradient is NaN by contract, which autograd does not show.
+    """
+    indices = nearest(z, codebook, mask=mask, metric=metric)
+    if codebook.dim() == 3:
+        codes = torch.stack([e[i.clamp_min(0)] for e, i in zip(codebook, indices, strict=True)])
+    else:
+        codes = codebook[indices.clamp_min(0)]
+    kept = (indices >= 0).unsqueeze(-1)
+    elements = max(int(kept.sum()), 1) * z.shape[-1]
+    zero = torch.zeros((), dtype=codes.dtype, device=codes.device)
+    codebook_loss = torch.where(kept, z.detach() - codes, zero).square().sum() / elements
+    commitment_loss = torch.where(kept, z - codes.detach(), zero).square().sum() / elements
+    finite = torch.where(kept, z, 0.0).detach().isfinite().all(-1, keepdim=True)
+    through = torch.where(kept & finite, z - z.detach(), 0.0)
+    quantized = torch.where(kept, codes.detach(), zero).to(z.dtype) + through.to(z.dtype)
+    return quantized, indices, codebook_loss, commitment_loss
