@@ -4,8 +4,6 @@ import argparse
 import platform
 from collections.abc import Sequence
 
-import torch
-
 from vqkernels.backends import registry
 from vqkernels.version import __version__
 
@@ -16,10 +14,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.parse_args(arguments)
     lines = [
         ("vqkernels", __version__),
-        ("torch", torch.__version__),
         ("python", platform.python_version()),
         ("platform", platform.platform()),
-        ("threads", str(torch.get_num_threads())),
         *registry.report(),
     ]
     width = max(len(label) for label, _ in lines)

@@ -17,6 +17,8 @@ from torch import Tensor
 from vqkernels.training import image_folder
 from vqkernels.training.errors import UserError
 
+MAX_CLASSES = 100_000
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -145,8 +147,11 @@ def _image_set(path: Path, arrays: dict[str, np.ndarray], x: str, y: str, color:
     if y not in arrays:
         return ImageSet(pixels, None)
     labels = arrays[y].reshape(-1)
-    if len(labels) != len(pixels) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise UserError(f"{path}: {y} must be {len(pixels)} whole numbers from 0, one per image")
+    whole = np.issubdtype(labels.dtype, np.integer)
+    if len(labels) != len(pixels) or not whole or labels.min() < 0 or labels.max() >= MAX_CLASSES:
+        raise UserError(
+            f"{path}: {y} must be {len(pixels)} whole numbers, one per image, from 0 and below {MAX_CLASSES}"
+        )
     return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 

@@ -12,9 +12,10 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.nn import metrics
 from vqkernels.training.data import ImageData
 from vqkernels.training.errors import UserError
-from vqkernels.training.stages import draw, encode, perplexity
+from vqkernels.training.stages import draw, encode
 
 
 class Figure(NamedTuple):
@@ -74,7 +75,7 @@ def evaluate_digits(
     samples = draw(vqvae, prior, data.size, len(asked), labels=asked, generator=generator)
     codes = encode(vqvae, data.train, device)
     size = vqvae.quantizer.codebook_size
-    used = perplexity(torch.bincount(codes.flatten(), minlength=size))
+    used = float(metrics.perplexity(torch.bincount(codes.flatten(), minlength=size)))
     return [
         Figure(
             f"real held-out digits recognised as their label (of {len(real)})",

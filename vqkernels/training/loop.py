@@ -56,7 +56,7 @@ def train(
         stage: `vqvae` stops after the VQ-VAE; `prior` needs a run whose VQ-VAE is finished.
         resume: continue the run in `out`.
         progress: show a progress bar on a terminal, and a line at each checkpoint.
-        should_stop: asked after every step; True writes a checkpoint and ends the training.
+        should_stop: asked after every step; True writes a checkpoint and ends the training there.
 
     Raises:
         UserError: the configuration, the data or the directory is not as it should be, or the loss is no longer finite.
@@ -115,7 +115,7 @@ class _Session:
         self.vqvae, self.state, self.progress, self.should_stop = vqvae, state, progress, should_stop
 
     def run_stage(self, stage: TrainingStage) -> bool:
-        """Train a stage to its end; False if stopped before."""
+        """Train what is left of a stage; False if stopped."""
         config, steps = stage.config, stage.config.steps
         optimizer = torch.optim.Adam(stage.model.parameters(), lr=config.learning_rate)
         step = 0
@@ -159,7 +159,7 @@ class _Session:
                     bar.set_postfix_str(_summary({**values, "images/s": rate}))
                 if checkpoint:
                     self._check_finite(float(loss.detach()), stage, step)
-                    if not stopped:
+                    if last or not stopped:
                         self._evaluate(stage, step, log)
                 if last or step % self.config.picture_every == 0:
                     self._draw(stage, step, log)
@@ -168,7 +168,7 @@ class _Session:
         finally:
             bar.close()
             log.close()
-        return step >= steps
+        return not stopped
 
     def _evaluate(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
         values = stage.evaluate()

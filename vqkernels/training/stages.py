@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.nn import metrics
 from vqkernels.training.config import PriorConfig, Stage, VQVAEConfig
 from vqkernels.training.data import ImageData, ImageSet
 from vqkernels.training.pictures import image_grid, side_by_side
@@ -70,7 +71,7 @@ class VQVAEStage:
             squared += float((reconstruction - x).square().mean((1, 2, 3)).double().sum())
             counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
         self.model.train()
-        return {"held_out_reconstruction": squared / seen, "held_out_perplexity": perplexity(counts)}
+        return {"held_out_reconstruction": squared / seen, "held_out_perplexity": float(metrics.perplexity(counts))}
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Tensor]:
@@ -164,12 +165,6 @@ def draw(
         progress=progress,
     )
     return torch.cat([vqvae.decode(part, size) for part in codes.split(CHUNK)]).clamp(-1, 1)
-
-
-def perplexity(counts: Tensor) -> float:
-    """exp of the entropy (nats) of how often each code (K,) was used: the number of codes in effective use."""
-    frequency = counts[counts > 0].double() / counts.sum()
-    return float(torch.exp(-(frequency * frequency.log()).sum()))
 
 
 def _chunks(count: int) -> Iterator[slice]:
