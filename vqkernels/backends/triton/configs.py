@@ -1,8 +1,9 @@
 """Tile shapes by regime: a table, not a run-time search, so that the first call is as fast as the last and what ships
 is what was compiled, counted and tested ahead of time (benchmarks/triton_budget.py).
 
-Keyed by (architecture family, epilogue, D bucket, size bucket). Families: 80 covers sm_8x and sm_12x (mma.sync, at most
-99 KiB of shared memory), 90 is Hopper (wgmma, descriptors), 100 is sm_10x (tcgen05, descriptors).
+Keyed by architecture family, D bucket and size bucket; both epilogues share the shapes. Families: 80 covers
+sm_8x and sm_12x (mma.sync, at most 99 KiB of shared memory), 90 is Hopper (wgmma, descriptors), 100 is sm_10x (tcgen05,
+descriptors).
 """
 
 from __future__ import annotations
@@ -51,25 +52,28 @@ def family(capability: tuple[int, int] | str) -> int | str:
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
-# (family, epilogue) -> {D bucket: (BM, BK, warps, stages)} for large N. BK = 128 amortises the per-tile work; 4 warps of
+# family -> {D bucket: (BM, BK, warps, stages)} for large N. BK = 128 amortises the per-tile work; 4 warps of
 # 128 rows leave two programs per multiprocessor, whose products and reductions then overlap.
 _LARGE = {
-    (80, "index"): {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 4, 3)},
-    (80, "group"): {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 4, 3)},
-    (90, "index"): {16: (128, 128, 4, 3), 32: (128, 128, 4, 3), 64: (128, 128, 4, 3), 128: (128, 128, 4, 2), 256: (128, 128, 4, 3)},
-    (90, "group"): {16: (128, 128, 4, 3), 32: (128, 128, 4, 3), 64: (128, 128, 4, 3), 128: (128, 128, 4, 2), 256: (128, 128, 4, 3)},
-    (100, "index"): {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 4, 3), 256: (128, 64, 4, 3)},
-    (100, "group"): {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 4, 3), 256: (128, 64, 4, 3)},
+    80: {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 4, 3)},
+    90: {
+        16: (128, 128, 4, 3),
+        32: (128, 128, 4, 3),
+        64: (128, 128, 4, 3),
+        128: (128, 128, 4, 2),
+        256: (128, 128, 4, 3),
+    },
+    100: {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 4, 3), 256: (128, 64, 4, 3)},
 }
 
 
-def search_config(capability: tuple[int, int] | str, epilogue: str, padded: int, rows: int) -> SearchConfig:
+def search_config(capability: tuple[int, int] | str, padded: int, rows: int) -> SearchConfig:
     """The shape of the candidate pass for one call. `rows` is the number of rows of one head."""
     kind = family(capability)
     if kind == INTERPRETED:
         return SearchConfig(32, 64, slice_dim(padded), 4, 1, False)
     bucket = min(padded, 256) if padded <= 128 else 256
-    block_rows, block_codes, warps, stages = _LARGE[kind, epilogue][bucket]
+    block_rows, block_codes, warps, stages = _LARGE[kind][bucket]
     if rows <= 64:
         block_rows = 64
     return SearchConfig(block_rows, block_codes, slice_dim(padded), warps, stages, kind != 80)

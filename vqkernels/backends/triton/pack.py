@@ -2,10 +2,12 @@
 
 Three small launches over K·D elements, all arithmetic in float64: the centre, the common exponent, the packed codes.
 Results per head, in code units (2^c (e - centre), c an integer):
-    packed (K', D') fp16 with zeros as padding      half_norms (K',) fp32: ½‖packed‖²; +inf for padding and for codes
-    with a NaN or an infinity, so neither is ever chosen; 0 for the dot product and cosine.
-    state = [exponent of the largest element (c = 10 - it, at most 126), radius >= max‖packed‖, spread >= max‖packed - 2^c (e - centre)‖, unused]
-as int32, the two norms as fp32 bits, so that an integer maximum combines them in any order with one result.
+    packed (K', D') fp16 with zeros as padding
+    half_norms (K',) fp32: ½‖packed‖² (0 for the dot product and cosine), +inf for padding and for codes with a NaN or
+        an infinity, so neither is ever chosen
+    state = [exponent of the largest element (c = 10 - it, at most 126), radius >= max‖packed‖,
+        spread >= max‖packed - 2^c (e - centre)‖, unused]: int32, the two norms as fp32 bits, so that an integer maximum
+        combines them in any order with one result
 
 The centre is the mean of the first 512 codes. Any vector is valid: distances do not depend on it, and the rounding it
 causes is measured. It removes a common offset, which would otherwise use up the bits. The dot product is not centred,

@@ -66,7 +66,7 @@ def rescore_kernel(
         scale = tl.load(beta + at, mask=inside, other=0.0)
         best = tl.full((BM,), float("inf"), tl.float64)
         index = tl.full((BM,), none, tl.int32)
-        for tile in range(0, tiles):
+        for tile in range(tiles):
             column = tile * BK + tl.arange(0, BK)
             product = tl.zeros((BM, BK), tl.float32)
             for start in range(0, PADDED, BD):
@@ -82,7 +82,7 @@ def rescore_kernel(
                 total = tl.zeros((BM, BK), tl.float64)
                 length = tl.zeros((BM, BK), tl.float64)
                 code_at = column.to(tl.int64) * code_stride_k
-                for d in range(0, DIM):
+                for d in range(DIM):
                     x = tl.load(z + row_at + d * stride_d, mask=inside, other=0.0).to(tl.float64)
                     e = tl.load(codebook + code_at + d * code_stride_d, mask=column < codes, other=0.0).to(tl.float64)
                     total, length = _step(total, length, x[:, None], e[None, :], METRIC)
@@ -102,7 +102,7 @@ def rescore_kernel(
                     code_at = tl.where(pending, code, 0).to(tl.int64) * code_stride_k
                     total = tl.zeros((BM,), tl.float64)
                     length = tl.zeros((BM,), tl.float64)
-                    for d in range(0, DIM):
+                    for d in range(DIM):
                         x = tl.load(z + row_at + d * stride_d, mask=pending, other=0.0).to(tl.float64)
                         e = tl.load(codebook + code_at + d * code_stride_d, mask=pending, other=0.0).to(tl.float64)
                         total, length = _step(total, length, x, e, METRIC)

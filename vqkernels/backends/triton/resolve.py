@@ -33,7 +33,7 @@ def resolve_kernel(
     best = tl.full((BM,), float("inf"), tl.float32)
     second = tl.full((BM,), float("inf"), tl.float32)
     winner = tl.zeros((BM,), tl.int32)
-    for split in range(0, splits):
+    for split in range(splits):
         from_split = at + (heads * split).to(tl.int64) * padded_rows
         v = tl.load(best_in + from_split, mask=inside, other=float("inf"))
         s = tl.load(second_in + from_split, mask=inside, other=float("inf"))
@@ -95,7 +95,7 @@ def merge_kernel(
     at = head.to(tl.int64) * padded_rows + row
     best = tl.full((BM,), float("inf"), tl.float32)
     winner = tl.zeros((BM,), tl.int32)
-    for split in range(0, splits):
+    for split in range(splits):
         from_split = at + (heads * split).to(tl.int64) * padded_rows
         v = tl.load(best_in + from_split, mask=inside, other=float("inf"))
         w = tl.load(winner_in + from_split, mask=inside, other=0)

@@ -38,7 +38,7 @@ def live_rows(row, rows, positions, mask, head, mask_b, mask_h, mask_p, MASKED: 
 
 @triton.jit
 def working(x, WIDE: tl.constexpr):
-    """The stored value in the type that rounding works in: float64 for float64 input, float32 otherwise (both exact)."""
+    """The stored value, exactly, in the type that rounding works in: float64 for float64 input, else float32."""
     if WIDE:
         return x.to(tl.float64)
     else:
