@@ -33,6 +33,7 @@ from vqkernels.backends.triton.rescore import rescore_kernel
 from vqkernels.backends.triton.resolve import merge_kernel, resolve_kernel
 from vqkernels.backends.triton.rows import pack_rows_kernel
 from vqkernels.backends.triton.search import search_kernel
+from vqkernels.backends.triton.views import bytes_of, mask_strides, wide
 
 CENTRE_SAMPLE = 512
 MOST_SPLITS = 64
@@ -67,7 +68,7 @@ def nearest(
     metric: str,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (B, H, P) int64 and the number of unmasked rows decided without float64 (0-d int64; 0 for "fast").
+    """Indices (B, H, P) int64 and the number of unmasked rows decided without float64 (0-d int64; "fast": all).
 
     z (B, H, P, D) with any strides; codebook (H, K, D); mask (B, H, P) bool or None, True where a row counts.
     """
@@ -85,8 +86,9 @@ def nearest(
             if precision == "fast":
                 grid = (triton.cdiv(rows, 256), heads)
                 merge_kernel[grid](
-                    packed.norm, best, winner, by_head, rows, packed.padded_rows, splits, BM=256, **FUSED_ROUNDING
-                )
+                    packed.norm, best, winner, by_head, counters, rows, packed.padded_rows, splits,
+                    BM=256, **FUSED_ROUNDING,
+                )  # fmt: skip
             else:
                 _certify(z, codebook, packed, codes, best, second, winner, splits, by_head, counters, metric)
     indices = by_head.view(heads, batch, positions).transpose(0, 1).contiguous()
@@ -143,10 +145,10 @@ def pack_rows(
         padded_rows=padded_rows,
     )
     pack_rows_kernel[(padded_rows // configs.PACK_ROWS, heads)](
-        z, codes.centre, codes.state, _bytes(mask), result.packed, result.beta, result.norm, result.error,
-        rows, padded_rows, positions, *z.stride(), *_mask_strides(mask),
+        z, codes.centre, codes.state, bytes_of(mask), result.packed, result.beta, result.norm, result.error,
+        rows, padded_rows, positions, *z.stride(), *mask_strides(mask),
         DIM=dim, PADDED=padded, BM=configs.PACK_ROWS, BD=configs.slice_dim(padded),
-        WIDE=z.dtype == torch.float64, MASKED=mask is not None, **FUSED_ROUNDING,
+        WIDE=wide(z), MASKED=mask is not None, **FUSED_ROUNDING,
     )  # fmt: skip
     return result
 
@@ -214,11 +216,3 @@ def _certify(
 def _centred(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> bool:
     """Centring costs rounding where both sides are 16 bits wide, whose products are exact as they are."""
     return metric == "euclidean" and (z.element_size() > 2 or codebook.element_size() > 2)
-
-
-def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
-
-
-def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if mask is None else tuple(mask.stride())

@@ -84,10 +84,10 @@ def resolve_kernel(
 
 @triton.jit
 def merge_kernel(
-    norm_in, best_in, winner_in, indices, rows, padded_rows, splits,
+    norm_in, best_in, winner_in, indices, counters, rows, padded_rows, splits,
     BM: tl.constexpr,
 ):  # fmt: skip
-    """The uncertified end: the lowest score of the splits, the lower code on ties."""
+    """The uncertified end: the lowest score of the splits, the lower code on ties. All rows count as decided."""
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -104,3 +104,4 @@ def merge_kernel(
     norm = tl.load(norm_in + at, mask=inside, other=-1.0)
     index = tl.where((norm != norm) | (best == float("inf")), 0, winner)
     tl.store(indices + head.to(tl.int64) * rows + row, tl.where(norm < 0.0, -1, index).to(tl.int64), mask=inside)
+    tl.atomic_add(counters, tl.sum((inside & ((norm < 0.0) == 0)).to(tl.int64), axis=0))

@@ -1,0 +1,153 @@
+"""Lookup, squared error, statistics and gradients against the reference."""
+
+import hostile
+import pytest
+import torch
+
+from vqkernels import reference
+
+triton_quantize = pytest.importorskip("vqkernels.backends.triton.quantize", reason="triton is not installed")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def forward(z, codebook, device, mask=None, statistics=True):
+    view = None if mask is None else mask.to(device)[None, None]
+    return triton_quantize.quantize(
+        z.to(device)[None, None], codebook.to(device)[None], view, "euclidean", "exact", statistics
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["gaussian", "three dimensions", "257 dimensions", "one code"])
+def test_forward_equals_the_reference(name, dtype, device):
+    z, codebook = hostile.make(name, dtype)
+    quantized, indices, error, counts, sums = forward(z, codebook, device)
+    expected, expected_indices, loss, _ = reference.vector_quantize(z.double(), codebook.double())
+    assert quantized.dtype == dtype
+    assert torch.equal(quantized[0, 0].cpu(), expected.to(dtype))
+    assert torch.equal(indices[0, 0].cpu(), expected_indices)
+    assert error.dtype == torch.float64
+    torch.testing.assert_close(float(error), float(loss) * z.numel(), rtol=1e-6, atol=0)
+    expected_counts, expected_sums = reference.statistics(z, expected_indices, len(codebook))
+    assert torch.equal(counts[0].cpu(), expected_counts)
+    torch.testing.assert_close(sums[0].cpu().double(), expected_sums, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float16, torch.float64)])
+def test_output_is_rounded_once_to_the_type_of_z(types, device):
+    z, codebook = (x.to(t) for x, t in zip(hostile.make("gaussian"), types, strict=True))
+    quantized, indices, *_ = forward(z, codebook, device, statistics=False)
+    assert torch.equal(quantized[0, 0].cpu(), codebook[indices[0, 0].cpu()].to(types[0]))
+
+
+def test_statistics_are_empty_unless_wanted(device):
+    *_, counts, sums = forward(*hostile.make("three dimensions"), device, statistics=False)
+    assert counts.shape == (0,)
+    assert sums.shape == (0,)
+
+
+def test_poisoned_and_masked_rows(device):
+    z, codebook = hostile.make("non-finite")
+    mask = torch.ones(len(z), dtype=torch.bool)
+    mask[20:] = False
+    z[25] = float("nan")
+    quantized, indices, error, counts, _ = forward(z, codebook, device, mask)
+    assert error.isnan()
+    assert (quantized[0, 0, 20:] == 0).all()
+    assert (indices[0, 0, 20:] == -1).all()
+    assert int(counts.sum()) == 17
+    mask[[3, 7, 9]] = False
+    quantized, _, error, _, _ = forward(z, codebook, device, mask)
+    expected = reference.vector_quantize(z, codebook, mask=mask)
+    assert torch.equal(quantized[0, 0].cpu(), expected[0])
+    torch.testing.assert_close(float(error), float(expected[2]) * 17 * 12, rtol=1e-6, atol=0)
+
+
+def test_no_rows(device):
+    quantized, indices, error, counts, _ = forward(torch.zeros(0, 3), torch.zeros(4, 3), device)
+    assert quantized.shape == (1, 1, 0, 3)
+    assert indices.shape == (1, 1, 0)
+    assert error == 0
+    assert (counts == 0).all()
+
+
+def test_layout_of_images_is_kept(device):
+    images = torch.randn(2, 10, 9, device=device)
+    z = images.view(2, 2, 5, 9).permute(0, 1, 3, 2)
+    codebook = torch.randn(2, 20, 5, device=device)
+    quantized, indices, *_ = triton_quantize.quantize(z, codebook, None, "euclidean", "exact", False)
+    assert quantized.stride() == z.stride()
+    for head in range(2):
+        assert torch.equal(quantized[:, head], codebook[head][indices[:, head]])
+
+
+def gradients(z, codebook, mask, incoming, device, dtype):
+    """The kernel's (grad_z, grad_codebook) and those of autograd through the reference."""
+    indices = reference.nearest(z, codebook, mask=mask)
+    a, b = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+    quantized, _, codebook_loss, commitment_loss = reference.vector_quantize(a, b, mask=mask)
+    total = (quantized * incoming[0]).sum() + codebook_loss * incoming[1] + commitment_loss * incoming[2]
+    total.backward()
+    got = triton_quantize.quantize_backward(
+        incoming[0].to(device, dtype)[None, None], incoming[1].to(device), incoming[2].to(device),
+        z.to(device, dtype)[None, None], codebook.to(device, dtype)[None], indices.to(device)[None, None], True,
+    )  # fmt: skip
+    return (got[0][0, 0].cpu(), got[1][0].cpu()), (a.grad, b.grad)
+
+
+@pytest.mark.parametrize("alone", [None, 0, 1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["gaussian", "257 dimensions", "integer lattice"])
+def test_gradients_in_float64(name, masked, alone, device):
+    z, codebook = hostile.make(name, torch.float64)
+    mask = torch.rand(len(z)) < 0.6 if masked else None
+    incoming = [torch.randn_like(z), torch.randn((), dtype=torch.float64), torch.randn((), dtype=torch.float64)]
+    incoming = [x if alone in (None, i) else torch.zeros_like(x) for i, x in enumerate(incoming)]
+    got, expected = gradients(z, codebook, mask, incoming, device, torch.float64)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_in_narrow_types(dtype, device):
+    z, codebook = (x.double() for x in hostile.make("gaussian", dtype))
+    incoming = [torch.randn_like(z).to(dtype).double(), torch.tensor(0.7), torch.tensor(-1.3)]
+    got, expected = gradients(z, codebook, None, incoming, device, dtype)
+    unit = torch.finfo(dtype).eps
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.double(), y, rtol=2 * unit, atol=1e-7)
+
+
+def test_gradients_of_poisoned_and_masked_rows(device):
+    z, codebook = hostile.make("non-finite")
+    indices = reference.nearest(z, codebook)
+    indices[20:] = -1
+    grad_z, grad_codebook = triton_quantize.quantize_backward(
+        torch.randn(1, 1, *z.shape, device=device), torch.tensor(1.0, device=device), torch.tensor(1.0, device=device),
+        z.to(device)[None, None], codebook.to(device)[None], indices.to(device)[None, None], True,
+    )  # fmt: skip
+    poisoned = torch.tensor([3, 7, 9])
+    assert grad_z[0, 0, poisoned].isnan().all()
+    assert (grad_z[0, 0, 20:] == 0).all()
+    others = [i for i in range(20) if i not in (3, 7, 9)]
+    assert grad_z[0, 0, others].isfinite().all()
+    used = indices[others].unique()
+    assert grad_codebook[0, used].isfinite().all()
+    unused = [k for k in range(len(codebook)) if k not in used.tolist()]
+    assert (grad_codebook[0, unused] == 0).all()
+
+
+def test_codebook_gradient_only_where_wanted(device):
+    z, codebook = hostile.make("three dimensions")
+    scalar = torch.tensor(1.0, device=device)
+    indices = reference.nearest(z, codebook).to(device)
+    z, codebook = z.to(device)[None, None], codebook.to(device)[None]
+    expanded = torch.ones(1, 1, 1, 1, device=device).expand_as(z)
+    grad_z, grad_codebook = triton_quantize.quantize_backward(
+        expanded, scalar, scalar, z, codebook, indices[None, None], False
+    )
+    assert grad_codebook.shape == (0,)
+    residual = z[0, 0].double() - codebook[0][indices].double()
+    torch.testing.assert_close(grad_z[0, 0].double(), 1 + 2 * residual / z.numel(), rtol=1e-6, atol=1e-6)
