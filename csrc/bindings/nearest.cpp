@@ -22,10 +22,11 @@ std::tuple<Tensor, Tensor> nearest_cpu(const Tensor& z, const Tensor& codebook, 
 
   for (int64_t head = 0; head < (rows > 0 ? z.size(1) : 0); ++head) {
     const Rows view = rows_of(z, head);
+    const DefaultArithmetic arithmetic;
     const PackedCodebook packed(codes_of(codebook, head), view.dtype, metric_of(metric), certified, sweep);
     const RowSlots slots = slots_of(z, head);
     const int64_t step = task_rows(rows, kChunk), tasks = (rows + step - 1) / step;
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    parallel_for(tasks, 1, [&](int64_t first, int64_t last) {
       NearestSearch search(view, packed, certified);
       int64_t index[kChunk];
       bool mask_rows[kChunk], finite[kChunk];

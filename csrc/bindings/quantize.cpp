@@ -36,9 +36,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z,
     const RowsOut target = rows_out_of(quantized, head);
     const RowSlots slots = slots_of(z, head);
     if (rows > 0) {
+      const DefaultArithmetic arithmetic;
       const PackedCodebook packed(codes, view.dtype, metric_of(metric), certified, sweep);
       const int64_t step = task_rows(rows, kChunk), tasks = (rows + step - 1) / step;
-      torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+      parallel_for(tasks, 1, [&](int64_t first, int64_t last) {
         NearestSearch search(view, packed, certified);
         int64_t index[kChunk];
         bool mask_rows[kChunk], finite[kChunk];
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
     const Codes codes = codes_of(codebook, head);
     const RowsOut target = rows_out_of(grad_z, head);
     const RowSlots slots = slots_of(z, head);
-    torch::stable::parallel_for(0, (rows + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
+    parallel_for((rows + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
       int64_t index[kChunk];
       bool finite[kChunk];
       for (int64_t begin = first * kChunk; begin < std::min(last * kChunk, rows); begin += kChunk) {

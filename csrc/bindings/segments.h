@@ -19,7 +19,7 @@ inline Statistics empty_statistics(const Tensor& z, int64_t codebook_size) {
 template <class F> void for_code_ranges(const Segments& segments, const F& f) {
   const int64_t parts = int64_t(torch::stable::get_num_threads()) * 4;
   const std::vector<int64_t> boundary = balance_codes(segments, parts);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+  parallel_for(parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) f(boundary[part], boundary[part + 1]);
   });
 }

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> statistics_cpu(const Tensor& z, const Tensor& indices
   for (int64_t head = 0; head < z.size(1); ++head) {
     const Rows view = rows_of(z, head);
     const RowSlots slots = slots_of(z, head);
-    torch::stable::parallel_for(0, rows, 1024, [&](int64_t first, int64_t last) {
+    parallel_for(rows, 1024, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         const int64_t k = index[slots(row)];
         const bool counted = k >= 0 && (masked == nullptr || masked[slots(row)]);

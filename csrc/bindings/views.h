@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/environment.h"
 #include "../cpu/quantize.h"
 #include "../cpu/rows.h"
 
@@ -87,6 +88,14 @@ constexpr int64_t kBlock = 32;  // rows whose squared errors are one partial sum
 inline int64_t task_rows(int64_t rows, int64_t chunk) {
   const int64_t threads = torch::stable::get_num_threads();
   return rows >= 2 * threads * chunk ? chunk : std::min(chunk, std::max<int64_t>(1, rows / (threads * kBlock)) * kBlock);
+}
+
+// Runs f(first, last) over [0, count) on torch's threads, each in the arithmetic that the kernels' proofs assume.
+template <class F> void parallel_for(int64_t count, int64_t grain, const F& f) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    const DefaultArithmetic arithmetic;
+    f(first, last);
+  });
 }
 
 }  // namespace vqkernels

@@ -6,13 +6,10 @@ constant holds); rows whose two smallest bounds are not clearly apart have their
 channel by channel, as the contract says. Ties: lowest index. Shapes are canonical, as in `vqkernels.ops.layout`.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 22  # scores alive at once: 16 MB of float32
-_UNIT = 2.0**-24
 
 
 def nearest(
@@ -68,33 +65,38 @@ def _search(rows: Tensor, codes: Tensor, metric: str, precision: str) -> tuple[T
         wide, target = (wide - centre) * scale, (wide_codes - centre) * scale
     half_square = target.square().sum(1) / 2 if metric == "euclidean" else target.new_zeros(len(target))
 
-    # Lower bounds L of the scores, with the error of each code folded in.
+    # Lower bounds L of the scores by one product: the error of each code is a channel of its own.
     terms = rows.shape[1] + 16.0
-    unit = _UNIT if _product_is_float32(rows) else 2.0**-53
-    error = 1.02 * terms * unit / (1 - terms * unit) if terms * unit < 0.01 else math.inf
-    work = torch.float32 if unit == _UNIT else torch.float64
+    single = _product_is_float32(rows)
+    unit, work = (2.0**-24, torch.float32) if single else (2.0**-53, torch.float64)
+    provable = terms * unit < 0.01
+    error = 1.02 * terms * unit / (1 - terms * unit) if provable and precision == "exact" else 0.0
     row_norm, code_norm = wide.square().sum(1).sqrt(), target.square().sum(1).sqrt()
-    in_range = (row_norm < 2.0**60) & (target.abs().max() <= 1) & math.isfinite(error) & direction_is_known
-    folded = error if precision == "exact" and math.isfinite(error) else 0.0
-    bound = (half_square * (1 - folded)).to(work) - wide.to(work) @ target.to(work).T
-    if precision == "fast":
-        return bound.argmin(1), torch.ones_like(in_range)
-    bound = bound.to(torch.float64) - (folded * row_norm)[:, None] * code_norm
-
+    left = torch.cat([wide, row_norm[:, None]], 1).to(work)
+    right = torch.cat([-target, -error * 1.0001 * code_norm[:, None]], 1).to(work)
+    bound = torch.addmm((half_square * (1 - error)).to(work), left, right.T)
     best, slot = bound.min(1)
-    slack = 2 * folded * 1.0001 * (half_square[slot] + row_norm * code_norm[slot])
+    if precision == "fast":
+        return slot, torch.ones_like(slot, dtype=torch.bool)
+
+    slack = 2 * error * 1.001 * (half_square[slot] + row_norm * code_norm[slot])
     if metric == "euclidean":
         slack = slack + terms * 2.0**-52 * (row_norm + code_norm[slot]) ** 2
-    slack = slack + 4 * terms * (2.0**-123 * (1 + row_norm) + folded * 2.0**-62)
-    threshold = torch.where(in_range, best + slack, torch.inf)
-    candidate = ~(bound > threshold[:, None])
-    certified = candidate.sum(1) <= 1
+    slack = slack + 4 * terms * (2.0**-123 * (1 + row_norm) + error * 2.0**-62)
+    in_range = (row_norm < 2.0**60) & (target.abs().max() <= 1) & direction_is_known & provable
+    threshold = torch.where(in_range, best.to(torch.float64) + slack, torch.inf).to(work)
+    threshold = threshold.nextafter(torch.full_like(threshold, torch.inf))
+    second = bound.scatter_(1, slot[:, None], torch.inf).amin(1)  # NaN wins both minima and is never certified
+    certified = second > threshold
     undecided = (~certified).nonzero().squeeze(1)
+    if len(undecided) == 0:
+        return slot, certified
+    candidate = ~(bound[undecided] > threshold[undecided, None])
+    candidate.scatter_(1, slot[undecided, None], True)
     # Few candidates a row are the rule; a row may have all K, so the pairs are scored in blocks too.
-    pairs = int(candidate[undecided].sum())
-    step = max(1, _BLOCK_ELEMENTS * max(len(undecided), 1) // max(pairs, 1))
-    for block in undecided.split(step) if len(undecided) else ():
-        slot[block] = _rescore(rows[block], codes, candidate[block], metric)
+    step = max(1, _BLOCK_ELEMENTS * len(undecided) // int(candidate.sum()))
+    for block, pairs in zip(undecided.split(step), candidate.split(step), strict=True):
+        slot[block] = _rescore(rows[block], codes, pairs, metric)
     return slot, certified
 
 

@@ -45,9 +45,8 @@ def resolve(backend: str, device_type: str) -> str:
     return backend
 
 
-@torch.compiler.disable
 def _warn_once(message: str) -> None:
-    if message not in _warned:
+    if not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 

@@ -1,5 +1,6 @@
 """Inputs on which fast arithmetic goes wrong: (name, z (N, D), codebook (K, D)). Shapes suit the interpreter."""
 
+import pytest
 import torch
 
 
@@ -89,3 +90,8 @@ def make(name, dtype=torch.float32, seed=0):
     if dtype == torch.float64:
         return z.double() * (1 + 1e-11), e.double() * (1 - 1e-11)
     return z.to(dtype), e.to(dtype)
+
+
+def first(values):
+    """Parameters of which only the first belongs to the quick suite: the interpreter is slow."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]

@@ -1,8 +1,8 @@
 """Lookup, squared error, statistics and gradients against the reference."""
 
-import hostile
 import pytest
 import torch
+from backends.triton import hostile
 
 from vqkernels import reference
 
@@ -19,7 +19,7 @@ def forward(z, codebook, device, mask=None, statistics=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["gaussian", "three dimensions", "257 dimensions", "one code"])
+@pytest.mark.parametrize("name", hostile.first(["three dimensions", "gaussian", "257 dimensions", "one code"]))
 def test_forward_equals_the_reference(name, dtype, device):
     z, codebook = hostile.make(name, dtype)
     quantized, indices, error, counts, sums = forward(z, codebook, device)
@@ -98,7 +98,7 @@ def gradients(z, codebook, mask, incoming, device, dtype):
 
 @pytest.mark.parametrize("alone", [None, 0, 1, 2])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["gaussian", "257 dimensions", "integer lattice"])
+@pytest.mark.parametrize("name", hostile.first(["integer lattice", "gaussian", "257 dimensions"]))
 def test_gradients_in_float64(name, masked, alone, device):
     z, codebook = hostile.make(name, torch.float64)
     mask = torch.rand(len(z)) < 0.6 if masked else None

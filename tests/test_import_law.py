@@ -1,0 +1,99 @@
+"""The import law: floors only downward, and within a floor only along the drawn, acyclic list."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import vqkernels
+
+ROOT = Path(vqkernels.__file__).parent
+FLOORS = ["reference", "backends", "ops", "nn", "models", "training", "cli"]
+RANK = {name: rank for rank, name in enumerate(FLOORS)} | {"dropin": 4, "bench": 4, "version": 0}
+# Within a floor: who may import whom.
+DRAWN = {
+    "backends/registry": {"backends/cpu"},
+    "ops/nearest": {"ops/layout", "ops/registration"},
+    "ops/statistics": {"ops/layout", "ops/registration"},
+    "ops/quantize": {"ops/layout", "ops/registration"},
+    "nn/vector_quantizer": {"nn/ema", "nn/metrics"},
+}
+FREE = {"models", "training", "cli"}  # floors whose files may import one another, without a cycle
+
+
+def modules() -> dict[str, Path]:
+    return {str(path.relative_to(ROOT).with_suffix("")): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Files of the package that a file imports, at any depth of its code."""
+    known, found = modules(), set()
+    package = list(Path(name).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = []
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else None
+            if base is None:
+                if not (node.module or "").startswith("vqkernels"):
+                    continue
+                base = (node.module or "").split(".")[1:]
+            elif node.module:
+                base = base + node.module.split(".")
+            targets = [base + [alias.name] for alias in node.names] + [base]
+        elif isinstance(node, ast.Import):
+            targets = [a.name.split(".")[1:] for a in node.names if a.name.split(".")[0] == "vqkernels"]
+        for target in targets:
+            for candidate in ("/".join(target), "/".join([*target, "__init__"])):
+                if candidate in known and candidate != name:
+                    found.add(candidate)
+    return found
+
+
+def floor(name: str) -> str:
+    return name.split("/")[0]
+
+
+def test_no_file_imports_upward():
+    for name, path in modules().items():
+        if floor(name) not in RANK:
+            continue
+        for other in imports(name, path):
+            if floor(other) in RANK:
+                assert RANK[floor(other)] <= RANK[floor(name)], f"{name} imports upward: {other}"
+
+
+def test_within_a_floor_only_along_the_drawn_list():
+    for name, path in modules().items():
+        if floor(name) not in RANK or floor(name) in FREE or name.endswith("__init__"):
+            continue
+        peers = {o for o in imports(name, path) if floor(o) == floor(name) and not o.endswith("__init__")}
+        if "triton" in name:  # one backend, a house of its own
+            peers = {o for o in peers if "triton" not in o}
+        assert peers <= DRAWN.get(name, set()), f"{name} imports {peers - DRAWN.get(name, set())}"
+
+
+def test_no_cycles():
+    graph = {name: {o for o in imports(name, path) if not o.endswith("__init__")} for name, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_package_is_light():
+    """Importing vqkernels imports neither models nor training, and adds less than 0.3 s to torch."""
+    code = (
+        "import time, torch, sys; t = time.perf_counter(); import vqkernels; print(time.perf_counter() - t);"
+        "print([m for m in sys.modules if m.startswith(('vqkernels.models', 'vqkernels.training', 'vqkernels.cli'))])"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    seconds, heavy = zip(*(run.stdout.splitlines() for run in runs), strict=True)
+    assert set(heavy) == {"[]"}
+    assert min(map(float, seconds)) < 0.3
