@@ -16,6 +16,7 @@ DRAWN = {
     "ops/nearest": {"ops/layout", "ops/registration"},
     "ops/statistics": {"ops/layout", "ops/registration"},
     "ops/quantize": {"ops/layout", "ops/registration"},
+    "ops/snapshot": {"ops/registration"},
     "nn/vector_quantizer": {"nn/ema", "nn/metrics"},
 }
 FREE = {"models", "training", "cli"}  # floors whose files may import one another, without a cycle

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..backends import registry
 from ..ops.layout import METRICS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
+from ..ops.snapshot import snapshot
 from . import metrics
 from .ema import ema_update_
 
@@ -94,7 +95,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"z must have {self.dim} channels at channel_dim={self.channel_dim}, got {list(z.shape)}")
         updates = self.training and self.ema_decay is not None
         # The backward pass needs the codes that were looked up, and the update below overwrites them.
-        codebook = self.codebook.clone() if updates and torch.is_grad_enabled() else self.codebook
+        codebook = snapshot(self.codebook) if updates and torch.is_grad_enabled() else self.codebook
         result = quantize_with_statistics(
             z,
             codebook,
