@@ -30,7 +30,8 @@ def operators() -> Extension:
 
     return Extension(
         "vqkernels._ops",
-        sources=sorted(glob("csrc/cpu/*.cpp")) + sorted(set(glob("csrc/bindings/*.cpp")) - {"csrc/bindings/python.cpp"}),
+        sources=sorted(glob("csrc/cpu/*.cpp"))
+        + sorted(set(glob("csrc/bindings/*.cpp")) - {"csrc/bindings/python.cpp"}),
         depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True),
         include_dirs=include_paths(),
         library_dirs=[str(Path(torch.__file__).parent / "lib")],
@@ -93,7 +94,11 @@ class BuildKernels(build_ext):
     def record(self) -> None:
         import torch
 
-        facts = {"torch": torch.__version__, "compiler": " ".join(self.compiler.compiler_cxx or []), "failures": self.failures}
+        facts = {
+            "torch": torch.__version__,
+            "compiler": " ".join(self.compiler.compiler_cxx or []),
+            "failures": self.failures,
+        }
         package = Path(__file__).parent / "vqkernels" if self.inplace else Path(self.build_lib) / "vqkernels"
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")

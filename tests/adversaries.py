@@ -1,4 +1,4 @@
-"""Inputs on which a search that is nearly right goes wrong: each is named, and yields z (N, D) and a codebook (K, D)."""
+"""Inputs on which a search that is nearly right goes wrong: each named, each yielding z (N, D) and codebook (K, D)."""
 
 from collections.abc import Callable
 

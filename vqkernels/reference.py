@@ -43,7 +43,8 @@ def nearest(z: Tensor, codebook: Tensor, *, mask: Tensor | None = None, metric: 
     """The index of each row under the contract: `(N,)` int64."""
     if codebook.dim() == 3:
         masks = [None] * len(z) if mask is None else list(mask)
-        return torch.stack([nearest(*p, mask=m, metric=metric) for *p, m in zip(z, codebook, masks, strict=True)])
+        heads = zip(z, codebook, masks, strict=True)
+        return torch.stack([nearest(rows, codes, mask=m, metric=metric) for rows, codes, m in heads])
     table = scores(z.nan_to_num(0.0, 0.0, 0.0), codebook, metric)
     lowest = table.min(dim=1, keepdim=True).values
     # The lowest index among equals. Where every score is +inf that is the first finite code, or 0 if there is none.
@@ -54,13 +55,11 @@ def nearest(z: Tensor, codebook: Tensor, *, mask: Tensor | None = None, metric: 
     return indices if mask is None else torch.where(mask, indices, -1)
 
 
-def statistics(
-    z: Tensor, indices: Tensor, codebook_size: int, *, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def statistics(z: Tensor, indices: Tensor, codebook_size: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How many rows chose each code, `(K,)` int64, and their sums, `(K, D)` float64."""
     if z.dim() == 3:
         masks = [None] * len(z) if mask is None else list(mask)
-        parts = [statistics(*p, codebook_size, mask=m) for *p, m in zip(z, indices, masks, strict=True)]
+        parts = [statistics(x, i, codebook_size, mask=m) for x, i, m in zip(z, indices, masks, strict=True)]
         return torch.stack([c for c, _ in parts]), torch.stack([s for _, s in parts])
     counted = (indices >= 0) & z.detach().isfinite().all(1)
     if mask is not None:

@@ -59,7 +59,11 @@ def test_a_compiled_function_follows_the_override(cpu_kernels):
 def test_environment_variable():
     code = "from vqkernels.backends import registry; print(registry.resolve('auto', 'cpu'))"
     out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"VQKERNELS_BACKEND": "eager", "PATH": ""}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"VQKERNELS_BACKEND": "eager", "PATH": ""},
     )
     assert out.stdout.strip() == "eager"
 

@@ -18,7 +18,9 @@ def agree(z, codebook, backend, metric="euclidean", **arguments):
     found = vq.nearest_code(z, codebook, metric=metric, backend=backend, **arguments)
     expected = reference.nearest(z, codebook, metric=metric)
     wrong = (found != expected).nonzero().flatten().tolist()
-    assert not wrong, f"{len(wrong)} of {len(z)} rows differ, first row {wrong[0]}: {found[wrong[0]]} for {expected[wrong[0]]}"
+    assert not wrong, (
+        f"{len(wrong)} of {len(z)} rows differ, first row {wrong[0]}: {found[wrong[0]]} for {expected[wrong[0]]}"
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -109,7 +111,14 @@ def test_layouts_need_no_copy():
     from vqkernels.ops.layout import layout_of
 
     codebook = torch.randn(4, 6)
-    for shape, channel_dim in [((2, 6, 3, 5), 1), ((2, 3, 5, 6), -1), ((7, 6), -1), ((6,), 0), ((2, 6, 9), 1), ((6, 4, 5), 0)]:
+    for shape, channel_dim in [
+        ((2, 6, 3, 5), 1),
+        ((2, 3, 5, 6), -1),
+        ((7, 6), -1),
+        ((6,), 0),
+        ((2, 6, 9), 1),
+        ((6, 4, 5), 0),
+    ]:
         z = torch.randn(shape)
         rows = layout_of(z, codebook, channel_dim).rows(z)
         assert rows.data_ptr() == z.data_ptr() and rows.shape[3] == 6, shape
@@ -228,8 +237,14 @@ def test_scratch_does_not_grow_with_rows_times_codes(cpu_kernels):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(z=torch.randn(4, 3)), "codebook of shape .5, 2. has 2 channels, but z of shape .4, 3. has 3 at channel_dim=1"),
-        (dict(z=torch.zeros(4, 2, dtype=torch.int32)), "z must be float32, bfloat16, float16 or float64, got torch.int32"),
+        (
+            dict(z=torch.randn(4, 3)),
+            "codebook of shape .5, 2. has 2 channels, but z of shape .4, 3. has 3 at channel_dim=1",
+        ),
+        (
+            dict(z=torch.zeros(4, 2, dtype=torch.int32)),
+            "z must be float32, bfloat16, float16 or float64, got torch.int32",
+        ),
         (dict(codebook=torch.randn(2)), "codebook must be .K, D., or .H, K, D. for batched codebooks, got .2."),
         (dict(codebook=torch.randn(0, 2)), "codebook must hold at least one code of at least one channel, got .0, 2."),
         (dict(mask=torch.ones(4)), "mask must be a bool tensor .True: the row counts., got torch.float32"),

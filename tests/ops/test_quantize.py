@@ -91,7 +91,9 @@ def test_gradients_in_every_dtype_are_those_of_float64_rounded_once(dtype, backe
         {name: value.double() for name, value in cotangents.items()},
         OUTPUTS,
     )
-    cotangents |= {name: cotangents[name].to(torch.float64 if dtype == torch.float64 else torch.float32) for name in OUTPUTS[1:]}
+    cotangents |= {
+        name: cotangents[name].to(torch.float64 if dtype == torch.float64 else torch.float32) for name in OUTPUTS[1:]
+    }
     found = gradients(vq.vector_quantize, z, codebook, cotangents, OUTPUTS, backend=backend)
     ulp = torch.finfo(dtype).eps
     torch.testing.assert_close(found[0].double(), exact[0], rtol=ulp, atol=1e-7)
@@ -213,10 +215,15 @@ def test_bits_do_not_depend_on_threads(threads, cpu_kernels):
 def test_opcheck(overload, cpu_kernels):
     z, codebook = torch.randn(2, 1, 30, 6), torch.randn(1, 9, 6)
     mask = torch.rand(2, 1, 30) < 0.8
-    ops = {name: getattr(getattr(torch.ops.vqkernels, name), overload) for name in ("nearest", "quantize", "statistics")}
+    ops = {
+        name: getattr(getattr(torch.ops.vqkernels, name), overload) for name in ("nearest", "quantize", "statistics")
+    }
     opcheck(ops["nearest"], (z, codebook, mask, "euclidean", "exact"))
     opcheck(ops["quantize"], (z, codebook, None, "dot", "exact", True))
-    opcheck(ops["quantize"], (z.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), codebook, mask, "cosine", "fast", False))
+    opcheck(
+        ops["quantize"],
+        (z.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), codebook, mask, "cosine", "fast", False),
+    )
     _, indices, *_ = ops["quantize"](z, codebook, mask, "euclidean", "exact", False)
     opcheck(ops["statistics"], (z, indices, 9, None))
     backward = getattr(torch.ops.vqkernels.quantize_backward, overload)

@@ -12,9 +12,7 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 22  # scores alive at once: 16 MB of float32
 
 
-def nearest(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str
-) -> tuple[Tensor, Tensor]:
+def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> tuple[Tensor, Tensor]:
     """Indices `(batch, heads, positions)` and how many unmasked rows the filter decided."""
     indices = torch.empty(z.shape[:3], dtype=torch.int64, device=z.device)
     decided = torch.zeros((), dtype=torch.int64, device=z.device)
@@ -53,7 +51,7 @@ def _nearest(rows: Tensor, codes: Tensor, kept: Tensor | None, metric: str, prec
 def _search(rows: Tensor, codes: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor]:
     """Index of each row among finite codes, and whether the filter decided it."""
     wide, wide_codes = rows.to(torch.float64), codes.to(torch.float64)
-    direction_is_known = True
+    direction_is_known = torch.ones((), dtype=torch.bool, device=rows.device)
     if metric == "cosine":
         norm = contract_norm(wide_codes)
         direction_is_known = ((norm == 0) | ((norm > 2.0**-480) & (norm < 2.0**480))).all()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes' frequencies `(..., K)`: 1 when one code takes all rows, K when all share them."""
+    """exp of the entropy of the codes' frequencies `(..., K)`: 1 if one code takes all rows, K if all share them."""
     total = counts.sum(-1, keepdim=True).clamp_min(1)
     frequency = counts.to(torch.float32) / total
     return torch.exp(torch.special.entr(frequency).sum(-1))

@@ -18,12 +18,13 @@ class VectorQuantizer(nn.Module):
         dim: D, channels of z and of the codes.
         codebook_size: K.
         beta: weight of the commitment loss.
-        ema_decay: None trains the codebook by the paper's codebook loss; a float in [0, 1) trains it by exponential moving
-            averages of the rows of each code (see `vqkernels.nn.ema`), during every training forward.
+        ema_decay: None trains the codebook by the paper's codebook loss; a float in [0, 1) trains it by exponential
+            moving averages of the rows of each code (see `vqkernels.nn.ema`), during every training forward.
         metric, precision, backend: as in `vqkernels.nearest_code`.
         channel_dim: the axis of z that holds the D channels; 1 for images `(B, D, H, W)`.
 
-    State: `codebook (K, D)` float32, a Parameter when trained by gradient and otherwise a buffer; `counts (K,)` int64 of
+    State: `codebook (K, D)` float32, a Parameter when trained by gradient and otherwise a buffer; `counts (K,)` int64
+        of
     the last training step; with EMA `ema_counts (K,)`, `ema_sums (K, D)` float32 and `ema_steps ()` int64. Codes start
     uniform in [-1/K, 1/K]. Floating buffers keep float32 when the module is cast.
     """
@@ -108,10 +109,8 @@ class VectorQuantizer(nn.Module):
         )
         if self.training:
             self.counts.copy_(result.counts[0])
-        if updates:
-            ema_update_(
-                self.codebook, self.ema_counts, self.ema_sums, result.counts[0], result.sums[0], self.ema_decay
-            )
+        if self.training and self.ema_decay is not None:
+            ema_update_(self.codebook, self.ema_counts, self.ema_sums, result.counts[0], result.sums[0], self.ema_decay)
             self.ema_steps.add_(1)
         loss = self.beta * result.commitment_loss
         if self.ema_decay is None:
@@ -123,8 +122,8 @@ class VectorQuantizer(nn.Module):
 
         Args:
             indices: int64 of z's shape without channels, in [-1, codebook_size).
-            check: on a GPU, check the range at the price of one synchronisation. Without it, and always while compiling,
-                a row out of range becomes NaN. On the CPU the range is always checked.
+            check: on a GPU, check the range at the price of one synchronisation. Without it, and always while
+                compiling, a row out of range becomes NaN. On the CPU the range is always checked.
         """
         if indices.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")

@@ -1,7 +1,7 @@
 """The canonical view of z and of a codebook, the way back, and the checks that every operation shares.
 
-Kernels read z as (batch, head, position, channel) by four strides, so that channels-last, channels-first and head layouts
-need no permuted copy; only a z whose leading axes cannot be merged into two strides is copied.
+Kernels read z as (batch, head, position, channel) by four strides, so that channels-last, channels-first and head
+layouts need no permuted copy; only a z whose leading axes cannot be merged into two strides is copied.
 """
 
 from typing import NamedTuple
@@ -79,7 +79,9 @@ def layout_of(z: Tensor, codebook: Tensor, channel_dim: int) -> Layout:
     if z.dim() < 1 + batched:
         raise ValueError(f"z must have at least {1 + batched} dimensions for this codebook, got {_shape(z)}")
     if not -z.dim() <= channel_dim < z.dim():
-        raise ValueError(f"channel_dim must be in [-{z.dim()}, {z.dim() - 1}] for z of shape {_shape(z)}, got {channel_dim}")
+        raise ValueError(
+            f"channel_dim must be in [-{z.dim()}, {z.dim() - 1}] for z of shape {_shape(z)}, got {channel_dim}"
+        )
     channel_dim = channel_dim % z.dim()
     if batched and channel_dim == 0:
         raise ValueError("channel_dim must not be 0 with a batched codebook: axis 0 of z is the head")

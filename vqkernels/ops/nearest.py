@@ -35,12 +35,14 @@ def nearest_code(
 
     Args:
         z: `(..., D)`, or any layout whose channel axis is `channel_dim`; float32, bfloat16, float16 or float64.
-        codebook: `(K, D)`, or `(H, K, D)` for one codebook per head with z `(H, ..., D)`; its dtype may differ from z's.
+        codebook: `(K, D)`, or `(H, K, D)` for one codebook per head with z `(H, ..., D)`; its dtype may differ from
+            z's.
         mask: bool, z's shape without the channel axis. Rows where it is False are not read and get index -1.
-        metric: "euclidean" (smallest distance), "dot" (largest product) or "cosine" (largest product over the code's norm).
-        precision: "exact" obeys the contract of `vqkernels.reference`: the index is the lowest that minimises the float64
-            score, on every backend, thread count and batch split. "fast" takes the minimum of the filter's native
-            arithmetic, which may differ where two codes are nearly equally near.
+        metric: "euclidean" (smallest distance), "dot" (largest product) or "cosine" (largest product over the code's
+            norm).
+        precision: "exact" obeys the contract of `vqkernels.reference`: the index is the lowest that minimises the
+            float64 score, on every backend, thread count and batch split. "fast" takes the minimum of the filter's
+            native arithmetic, which may differ where two codes are nearly equally near.
         channel_dim: the axis of z that holds the D channels.
         backend: "auto", or a backend by name, which is then taken or refused.
         return_certificate: also return the fraction of unmasked rows that the filter decided without re-scoring.

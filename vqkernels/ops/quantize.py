@@ -108,7 +108,9 @@ class _QuantizeBackward(torch.autograd.Function):
     """The gradient as a Function of its own, so that asking for a second derivative is an error, not a wrong zero."""
 
     @staticmethod
-    def forward(grad_quantized, grad_codebook_loss, grad_commitment_loss, z, codebook, indices, needs_codebook, backend):
+    def forward(
+        grad_quantized, grad_codebook_loss, grad_commitment_loss, z, codebook, indices, needs_codebook, backend
+    ):
         return quantize_backward(
             backend, grad_quantized, grad_codebook_loss, grad_commitment_loss, z, codebook, indices, needs_codebook
         )
@@ -144,7 +146,7 @@ def quantize_with_statistics(
     backend: str = "auto",
     statistics: bool = True,
 ) -> Quantization:
-    """`vector_quantize` and `codebook_statistics` of the same rows in one pass; counts `(heads, K)`, sums `(heads, K, D)`."""
+    """`vector_quantize` with the statistics of the same rows: counts `(heads, K)`, sums `(heads, K, D)`."""
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
     layout = layout_of(z, codebook, channel_dim)
@@ -179,7 +181,8 @@ def vector_quantize(
 
     Args:
         z: `(..., D)`, or any layout whose channel axis is `channel_dim`; float32, bfloat16, float16 or float64.
-        codebook: `(K, D)`, or `(H, K, D)` for one codebook per head with z `(H, ..., D)`; its dtype may differ from z's.
+        codebook: `(K, D)`, or `(H, K, D)` for one codebook per head with z `(H, ..., D)`; its dtype may differ from
+            z's.
         mask: bool, z's shape without the channel axis. Rows where it is False are not read, become zeros with index -1,
             count in no loss and get gradient 0.
         metric, precision, channel_dim, backend: as in `nearest_code`. The metric governs the search only.

@@ -1,0 +1,1 @@
+"""Measurements of this repository: run each as `python -m benchmarks.NAME`."""
