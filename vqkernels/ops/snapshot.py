@@ -1,8 +1,8 @@
 """A copy that a compiler keeps.
 
 The backward pass of an EMA layer needs the codes that were looked up, and the layer overwrites them in the forward
-pass. Inductor (torch 2.13) drops a plain `clone` of a buffer that is mutated later in the same graph, and the backward pass
-then reads the new codes; an opaque operator is left alone.
+pass. Inductor (torch 2.13) drops a plain `clone` of a buffer that is mutated later in the same graph, and the
+backward pass then reads the new codes; an opaque operator is left alone.
 """
 
 import torch

@@ -46,7 +46,8 @@ def codebook_statistics(
 
     Returns:
         `counts (K,)` int64 and `sums (K, D)` float32 (float64 where z is), with a leading axis H if `batched`: each
-        sum is accumulated in float64 over the rows in ascending order and rounded once. Rows with a NaN or an infinity count nowhere.
+        sum is accumulated in float64 over the rows in ascending order and rounded once. Rows with a NaN or an
+        infinity count nowhere.
     """
     if not isinstance(codebook_size, int) or codebook_size < 1:
         raise ValueError(f"codebook_size must be a positive int, got {codebook_size!r}")
