@@ -107,8 +107,9 @@ def test_mixed_sizes_name_two_files_and_their_sizes(tmp_path):
         read_folder(tmp_path)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif"])
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize(
+    "suffix,kept", [(suffix, kept) for suffix in ("jpg", "png", "gif") for kept in (0.0, 0.5, 0.8)] + [("png", 0.999)]
+)
 def test_a_truncated_image_is_named(tmp_path, suffix, kept):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / f"a.{suffix}")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vqkernels.training.checkpoint import read_run_config
+from vqkernels.training.checkpoint import RunDirectory, read_run_config
 from vqkernels.training.config import RunConfig, read_config
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import Trained, train
@@ -84,5 +84,6 @@ def _base(arguments: Sequence[str]) -> RunConfig:
     if known.config is not None:
         return read_config(known.config, data=tyro.MISSING)
     if known.resume and known.out is not None:
+        RunDirectory(known.out, resume=True)  # refuses a directory without a run
         return read_run_config(known.out)
     return dataclasses.replace(RunConfig(data=""), data=tyro.MISSING)

@@ -133,7 +133,12 @@ def _open(path: Path, color: Color = "auto") -> Image.Image:
     """The image, converted to the color; for auto only its header is read."""
     try:
         with Image.open(path) as image:
-            return image if color == "auto" else _convert(ImageOps.exif_transpose(image), color)
+            if color == "auto":
+                return image
+            if image.format == "PNG":
+                image.verify()  # the checksums; decoding alone accepts a file that lacks its end
+        with Image.open(path) as image:
+            return _convert(ImageOps.exif_transpose(image), color)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"the image {path} cannot be read: {error}") from error
 
