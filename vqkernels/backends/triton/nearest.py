@@ -110,7 +110,7 @@ def pack_codes(codebook: torch.Tensor, metric: str, config: configs.SearchConfig
         padded_codes=padded_codes,
     )
     strides = codebook.stride()
-    slab = min(padded, 64)
+    slab = min(padded, 32)
     centre_kernel[(triton.cdiv(padded, 16), heads)](
         codebook, result.centre, result.state, codes, *strides,
         DIM=dim, PADDED=padded, BD=16, SAMPLE=CENTRE_SAMPLE, CENTRED=centred, METRIC=metric, **FUSED_ROUNDING,
@@ -209,7 +209,9 @@ def _certify(
         rows, packed.padded_rows, codes.padded_codes, codebook.shape[1],
         codes.padded_codes // configs.RESCORE_CODES, positions, *z.stride(), *codebook.stride(),
         DIM=dim, PADDED=padded, BM=configs.RESCORE_ROWS, BK=configs.RESCORE_CODES, BD=min(padded, 64), METRIC=metric,
-        FEW=configs.RESCORE_FEW, **SEPARATE_ROUNDING,
+        FEW=configs.RESCORE_FEW,
+        maxnreg=255,  # otherwise the assembler spills eight bytes for the sake of occupancy
+        **SEPARATE_ROUNDING,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def partial_kernel(
             code_at = head.to(tl.int64) * code_stride_h + (group - head * codes).to(tl.int64) * code_stride_k
             e = tl.load(codebook + code_at + d * code_stride_d, mask=d < DIM, other=0.0).to(tl.float64)
         total = tl.zeros((BD,), tl.float64)
-        for start in tl.static_range(0, CHUNK, BM):
+        for start in range(0, CHUNK, BM):
             slot = begin + start + tl.arange(0, BM)
             inside = slot < end
             flat = tl.load(order + slot, mask=inside, other=0)  # head · rows + row, int64
