@@ -69,7 +69,10 @@ class BuildKernels(build_ext):
 
         def with_level(obj, src, ext, cc_args, extra_postargs, pp_opts):
             level = next((flags for suffix, flags in LEVEL_FLAGS.items() if src.endswith(suffix)), [])
-            return compile_one(obj, src, ext, cc_args, [*extra_postargs, *level], pp_opts)
+            try:
+                return compile_one(obj, src, ext, cc_args, [*extra_postargs, *level], pp_opts)
+            except Exception as error:
+                raise RuntimeError(f"{self.compiler.compiler_so_cxx[0]} could not compile {src}") from error
 
         self.compiler._compile = with_level
         super().build_extensions()
@@ -78,7 +81,7 @@ class BuildKernels(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:  # any compiler, on any machine: the reason is kept for the user, not lost
-            reason = re.sub(r"\s+", " ", str(error)).strip()
+            reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
             self.failures[ext.name] = reason
             # A library of an earlier build must not pass for this one.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
