@@ -108,6 +108,26 @@ def non_finite_rows(n: int, k: int, d: int) -> Pair:
     return z, codes
 
 
+def absorbed(n: int, k: int, d: int) -> Pair:
+    """Rounding errors that all fall the same way, and nearly as far as the bound allows.
+
+    Each product a_d b_d is just under half an ulp of the running sum, so that every multiply-add rounds it away: the
+    float32 score of the first code is too high by nearly D u h, that of the second too low by as much, and
+    their order is the reverse of the true one. A third code, far away, puts the mean
+    at zero; there are no more, whatever k is.
+    """
+    rest, unit = max(d - 1, 1), 2.0**-24
+    z = torch.full((n, d), 0.1 / rest**0.5, dtype=torch.float64)
+    z[:, 0] = 0.0
+    step = 0.98 * unit * rest**0.5 / 0.1
+    half_square = torch.tensor([1.01 + 1.9 * rest * unit, 1.01], dtype=torch.float64)
+    codes = torch.zeros(3, d, dtype=torch.float64)
+    codes[0, 1:], codes[1, 1:] = step, -step
+    codes[:2, 0] = (2 * half_square - codes[:2, 1:].square().sum(1)).sqrt()
+    codes[2] = -codes.sum(0)
+    return z.float(), codes.float()
+
+
 ADVERSARIES: dict[str, Callable[[int, int, int], Pair]] = {
     "gaussian": gaussian,
     "clustered": clustered,
@@ -128,6 +148,7 @@ ADVERSARIES: dict[str, Callable[[int, int, int], Pair]] = {
     "huge coordinate in z": huge_coordinate_in_z,
     "huge coordinate in a code": huge_coordinate_in_a_code,
     "norms over eight decades": norms_over_eight_decades,
+    "roundings that all fall one way": absorbed,
     "subnormal": subnormal,
     "near the largest float": near_the_largest_float,
     "zero codes": zero_codes,

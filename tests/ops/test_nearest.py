@@ -26,7 +26,7 @@ def agree(z, codebook, backend, metric="euclidean", **arguments):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_adversarial_data(name, metric, backend):
-    for n, k, d in [(65, 33, 5), (300, 100, 64)]:
+    for n, k, d in [(65, 33, 5), (300, 100, 64), (3, 5, 257)]:
         agree(*ADVERSARIES[name](n, k, d), backend, metric)
 
 

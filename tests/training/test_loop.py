@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vqkernels.training import stages
 from vqkernels.training.build import load_models
 from vqkernels.training.checkpoint import read_export
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
@@ -211,10 +212,24 @@ def test_other_images_are_refused(tmp_path):
         train(tiny(str(tmp_path / "b.npy"), steps=1), tmp_path / "run", stage="vqvae", resume=True)
 
 
+def test_sorted_held_out_images_are_evaluated_in_all_their_classes(tmp_path, monkeypatch):
+    """The held-out images of a folder come class by class; an evaluation that looks at a few sees every class."""
+    monkeypatch.setattr(stages, "EVALUATED", 10)
+    labels = np.arange(100) // 10
+    images = np.repeat(labels * 25, 64).reshape(100, 8, 8).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    trained = train(tiny(str(tmp_path / "x.npz"), steps=1), tmp_path / "run", stage="vqvae")
+    stage = stages.VQVAEStage(trained.vqvae, tiny().vqvae, trained.data, torch.device("cpu"))
+    assert stage.held_out.labels.tolist() == list(range(10))
+    assert stage.evaluate().keys() == {"held_out_reconstruction", "held_out_perplexity"}
+
+
 def test_bad_data_leaves_no_directory(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         train(tiny("nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="the device nonsense is not available"):
         train(dataclasses.replace(tiny(), device="nonsense"), tmp_path / "run")
+    with pytest.raises(UserError, match="backend must be one of"):
+        train(dataclasses.replace(tiny(), backend="nonsense"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
