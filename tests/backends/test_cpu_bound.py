@@ -1,4 +1,4 @@
-"""The CPU filter's bound (csrc/cpu/codebook.h), attacked at the inner kernels: L <= score, and every winner at or below T."""
+"""The CPU filter's bound (csrc/cpu/codebook.h) at the inner kernels: L <= score, and every winner at or below T."""
 
 import numpy as np
 import pytest

@@ -45,7 +45,10 @@ def run(arguments: Sequence[str]) -> int:
         default=TrainArguments(out=tyro.MISSING, run=_base(arguments)),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    trained = train_interruptibly(parsed.run, parsed.out, stage=parsed.stage, resume=parsed.resume)
+    config = parsed.run
+    if config.data != "digits" and Path(config.data).exists():  # found again when resumed from elsewhere
+        config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
+    trained = train_interruptibly(config, parsed.out, stage=parsed.stage, resume=parsed.resume)
     if not trained.finished:
         return 1
     print(f"the run is in {parsed.out}, its pictures are in {parsed.out / 'pictures'}")

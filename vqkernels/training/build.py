@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from vqkernels.backends import registry
 from vqkernels.models import VQVAE, PixelCNN
 from vqkernels.training.checkpoint import Export, ImageFormat, read_export
 from vqkernels.training.config import RunConfig
@@ -24,6 +25,14 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {name} is not available: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Raise UserError unless this backend can compute on the device."""
+    try:
+        registry.resolve(name, device.type)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def build_vqvae(config: RunConfig, images: ImageFormat) -> VQVAE:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vqkernels.models import VQVAE, PixelCNN
 from vqkernels.training.batches import Batches
-from vqkernels.training.build import build_prior, build_vqvae, pick_device
+from vqkernels.training.build import build_prior, build_vqvae, check_backend, pick_device
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData, load_images
@@ -66,6 +66,7 @@ def train(
     if stage == "prior" and not resume:
         raise UserError("the prior is trained on a finished VQ-VAE: give its run directory, and --resume")
     device = pick_device(config.device)
+    check_backend(config.backend, device)
     data = load_images(config.data, color=config.color, held_out=config.held_out, seed=config.seed)
     images = ImageFormat(data.channels, *data.size, data.class_names)
     torch.manual_seed(config.seed)

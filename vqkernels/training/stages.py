@@ -48,6 +48,7 @@ class VQVAEStage:
 
     def __init__(self, vqvae: VQVAE, config: VQVAEConfig, data: ImageData, device: torch.device) -> None:
         self.model, self.config, self.data, self.device = vqvae, config, data, device
+        self.held_out = data.held_out.select(_spread(len(data.held_out), EVALUATED))
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         _, _, losses = self.model(self.data.train.batch(indices, self.device))
@@ -59,24 +60,25 @@ class VQVAEStage:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        images = self.data.held_out
-        if not len(images):
+        if not len(self.held_out):
             return {}
         squared, counts = 0.0, torch.zeros(self.config.codebook_size, dtype=torch.int64)
-        seen = min(len(images), EVALUATED)
         self.model.eval()
-        for chunk in _chunks(seen):
-            x = images.batch(chunk, self.device)
+        for chunk in _chunks(len(self.held_out)):
+            x = self.held_out.batch(chunk, self.device)
             reconstruction, indices, _ = self.model(x)
             squared += float((reconstruction - x).square().mean((1, 2, 3)).double().sum())
             counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
         self.model.train()
-        return {"held_out_reconstruction": squared / seen, "held_out_perplexity": float(metrics.perplexity(counts))}
+        return {
+            "held_out_reconstruction": squared / len(self.held_out),
+            "held_out_perplexity": float(metrics.perplexity(counts)),
+        }
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Tensor]:
-        images = self.data.held_out if len(self.data.held_out) else self.data.train
-        x = images.batch(slice(DRAWN), self.device)
+        images = self.held_out if len(self.held_out) else self.data.train
+        x = images.batch(_spread(len(images), DRAWN), self.device)
         self.model.eval()
         reconstruction = self.model(x)[0]
         self.model.train()
@@ -94,7 +96,8 @@ class PriorStage:
         self.model, self.config, self.data, self.device, self.seed = prior, config, data, device, seed
         self.vqvae = vqvae.eval().requires_grad_(False)
         self.train_codes = encode(vqvae, data.train, device)
-        self.held_out_codes = encode(vqvae, data.held_out.select(torch.arange(len(data.held_out))[:EVALUATED]), device)
+        self.held_out = data.held_out.select(_spread(len(data.held_out), EVALUATED))
+        self.held_out_codes = encode(vqvae, self.held_out, device)
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self._cross_entropy(self.train_codes, self.data.train.labels, indices)
@@ -107,7 +110,7 @@ class PriorStage:
         total = 0.0
         self.model.eval()
         for chunk in _chunks(len(self.held_out_codes)):
-            loss = self._cross_entropy(self.held_out_codes, self.data.held_out.labels, chunk)
+            loss = self._cross_entropy(self.held_out_codes, self.held_out.labels, chunk)
             total += float(loss) * (chunk.stop - chunk.start)
         self.model.train()
         return {"held_out_nats_per_code": total / len(self.held_out_codes)}
@@ -170,3 +173,8 @@ def draw(
 def _chunks(count: int) -> Iterator[slice]:
     for start in range(0, count, CHUNK):
         yield slice(start, min(start + CHUNK, count))
+
+
+def _spread(count: int, limit: int) -> Tensor:
+    """At most `limit` indices, evenly spaced below `count`: data sorted by class is seen in all its classes."""
+    return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
