@@ -35,16 +35,17 @@ EVERY = [
     *((dim, 1024, *DTYPES[0], "euclidean", False) for dim in (3, 32, 64, 128, 257, 512)),
     *((64, 1000, *types, "dot", True) for types in DTYPES),
     *((256, 16384, *types, "cosine", True) for types in DTYPES[:2]),
+    *((dim, 1024, *DTYPES[0], "euclidean", False, 40) for dim in (32, 64, 128, 256)),
     (64, 1024, torch.float64, torch.float64, "euclidean", False),
     (256, 1024, torch.float64, torch.float64, "cosine", False),
 ]  # fmt: skip
 
 
-def exercise(dim, codes, z_type, code_type, metric, masked):
+def exercise(dim, codes, z_type, code_type, metric, masked, rows=ROWS):
     """Call every entry point once, on memory that nothing reads."""
-    z = torch.empty(ROWS, dim, dtype=z_type)[None, None]
+    z = torch.empty(rows, dim, dtype=z_type)[None, None]
     codebook = torch.empty(1, codes, dim, dtype=code_type)
-    mask = torch.ones(1, 1, ROWS, dtype=torch.bool) if masked else None
+    mask = torch.ones(1, 1, rows, dtype=torch.bool) if masked else None
     nearest(z, codebook, mask, metric, "fast")
     *_, indices = quantize(z, codebook, mask, metric, "exact", True)[:2]
     indices.zero_()

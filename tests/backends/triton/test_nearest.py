@@ -146,6 +146,20 @@ def test_splitting_the_codes_changes_nothing(device, monkeypatch):
         assert torch.equal(fast, expected), "small integers are exact, so fast must keep the lowest index too"
 
 
+@pytest.mark.parametrize("capability", [(9, 0), *(pytest.param(c, marks=pytest.mark.slow) for c in [(8, 0), (10, 0)])])
+@pytest.mark.parametrize("name", ["near ties", "257 dimensions"])
+def test_the_shapes_of_the_chips_in_the_interpreter(name, capability, device, monkeypatch):
+    """The interpreter's own tiles are small; here it runs those of the chips, descriptors included."""
+    if device.type == "cuda":
+        pytest.skip("the GPU has shapes of its own")
+    monkeypatch.setattr(triton_nearest, "capability", lambda _: capability)
+    z, codebook = hostile.make(name)
+    expected = reference.nearest(z, codebook)
+    assert torch.equal(search(z, codebook, device)[0], expected)
+    z, codebook = hostile.make("integer lattice", torch.bfloat16)
+    assert torch.equal(search(z, codebook, device, precision="fast")[0], reference.nearest(z, codebook))
+
+
 @pytest.mark.parametrize("name", ["gaussian", "257 dimensions", "non-finite", "integer lattice"])
 def test_fast_is_the_nearest_code_of_the_rounded_operands(name, device):
     z, codebook = hostile.make(name)

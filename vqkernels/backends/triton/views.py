@@ -18,7 +18,7 @@ def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def slab(dim: int) -> int:
-    """How many channels an elementwise kernel takes at a time: 64 of KEY_ROWS rows stay in registers, even as float64."""
+    """How many channels an elementwise kernel takes at a time; 64 of KEY_ROWS rows fit the registers as float64 too."""
     return min(64, max(16, 1 << (dim - 1).bit_length()))
 
 
