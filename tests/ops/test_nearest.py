@@ -260,3 +260,28 @@ def test_bad_input_is_one_clear_sentence(change, message):
     arguments = {"z": torch.randn(4, 2), "codebook": torch.randn(5, 2)} | change
     with pytest.raises((TypeError, ValueError), match=message):
         vq.nearest_code(**arguments)
+
+
+@pytest.mark.slow
+def test_sizes_past_two_to_the_31(cpu_kernels):
+    z, codebook = torch.randn(1 << 16, 3), torch.randn(1 << 16, 3)
+    found = vq.nearest_code(z, codebook, backend="cpu")  # N * K is 2^32
+    assert found[::4096].equal(reference.nearest(z[::4096], codebook))
+    rows = torch.randn(1, 64).expand((1 << 25) + 3, 64)  # N * D is above 2^31, in 256 bytes
+    found = vq.nearest_code(rows, torch.cat([rows[:1] + 1, rows[:1]]), backend="cpu")
+    assert found.shape == ((1 << 25) + 3,) and found.eq(1).all()
+
+
+@pytest.mark.slow
+def test_offsets_past_two_to_the_31(cpu_kernels):
+    codebook = torch.randn(5, 4).bfloat16()
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        storage = torch.empty((1 << 32) + 4, dtype=torch.bfloat16)  # only the pages of three rows are ever touched
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    z = storage.as_strided((3, 4), (1 << 31, 1))
+    for row, code in enumerate((4, 0, 2)):
+        z[row] = codebook[code]
+    assert vq.nearest_code(z, codebook, backend="cpu").tolist() == [4, 0, 2]
+    assert vq.codebook_statistics(z, torch.tensor([4, 0, 2]), 5)[1][2].equal(codebook[2].float())
