@@ -27,6 +27,12 @@ def _near_ties(g):
     return e[torch.randint(0, 70, (40,), generator=g)] + 1e-3 * _normal(g, 40, 24), e
 
 
+def _pairs(g, period):
+    """Codes repeated once, apart by less than fp16 resolves: the candidate pass orders each pair at random."""
+    e = _normal(g, period, 16).repeat(2, 1) + 1e-4 * _normal(g, 2 * period, 16)
+    return e[torch.randint(0, len(e), (60,), generator=g)] + 0.1 * _normal(g, 60, 16), e
+
+
 def _halfway(g):
     e = _normal(g, 70, 8)
     pairs = torch.randint(0, 70, (2, 50), generator=g)
@@ -61,6 +67,10 @@ CASES = {
     "same value": _same_value,
     "halfway": _halfway,
     "near ties": _near_ties,
+    "pairs within a group": lambda g: _pairs(g, 8),
+    "pairs one group apart": lambda g: _pairs(g, 32),
+    "pairs one tile apart": lambda g: _pairs(g, 64),
+    "pairs three tiles apart": lambda g: _pairs(g, 192),
     "offset 1e6": lambda g: (_normal(g, 40, 8) + 1e6, _normal(g, 70, 8) + 1e6),
     "offset rows": lambda g: (_normal(g, 40, 8) + 1e5, _normal(g, 70, 8)),
     "scale 1e-30": lambda g: (_normal(g, 40, 32) * 1e-30, _normal(g, 70, 32) * 1e-30),

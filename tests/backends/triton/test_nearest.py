@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adversaries import ADVERSARIES
+from vqkernels.verification.adversaries import ADVERSARIES
 from backends.triton import hostile
 
 from vqkernels import reference

@@ -72,7 +72,7 @@ _LARGE = {
 def search_config(capability: tuple[int, int] | str, padded: int, rows: int) -> SearchConfig:
     """The shape of the candidate pass for one call. `rows` is the number of rows of one head."""
     kind = family(capability)
-    if kind == INTERPRETED:
+    if isinstance(kind, str):
         return SearchConfig(32, 64, slice_dim(padded), 4, 1, False)
     bucket = min(padded, 256) if padded <= 128 else 256
     block_rows, block_codes, warps, stages = _LARGE[kind][bucket]
