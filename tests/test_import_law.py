@@ -9,7 +9,7 @@ import vqkernels
 
 ROOT = Path(vqkernels.__file__).parent
 FLOORS = ["reference", "backends", "ops", "nn", "models", "training", "cli"]
-RANK = {name: rank for rank, name in enumerate(FLOORS)} | {"dropin": 4, "bench": 4, "version": 0}
+RANK = {name: rank for rank, name in enumerate(FLOORS)} | {"dropin": 4, "bench": 4, "verification": 4, "version": 0}
 # Within a floor: who may import whom.
 DRAWN = {
     "backends/registry": {"backends/cpu"},
@@ -17,6 +17,7 @@ DRAWN = {
     "ops/statistics": {"ops/layout", "ops/registration"},
     "ops/quantize": {"ops/layout", "ops/registration"},
     "ops/snapshot": {"ops/registration"},
+    "verification/attack": {"verification/adversaries"},
     "nn/vector_quantizer": {"nn/ema", "nn/metrics"},
 }
 FREE = {"models", "training", "cli"}  # floors whose files may import one another, without a cycle

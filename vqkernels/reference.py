@@ -13,6 +13,8 @@ sqrt(sum of e_kd^2), where a zero code scores 0. A code with a NaN or an infinit
 row with one gets index 0, code 0, and counts nowhere. A masked row gets index -1 and zeros.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,23 @@ def scores(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
         else:
             total = total - rows[:, None, d] * codes[None, :, d]
     if metric == "cosine":
-        square = codes.new_zeros(len(codes))
-        for d in range(codes.shape[1]):
-            square = square + codes[:, d] * codes[:, d]
-        norm = square.sqrt()
+        norm = code_norms(codes)
         total = torch.where(norm > 0, total / norm.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
     never = ~codes.isfinite().all(1) | total.isnan()
     return total.masked_fill(never, torch.inf)
+
+
+def code_norms(codes: Tensor) -> Tensor:
+    """sqrt(sum of e_d^2) `(K,)` of float64 codes `(K, D)`: channels in order, and one correctly rounded root.
+
+    On the CPU `torch.sqrt` may be off by one unit in the last place (it calls a vector library); `math.sqrt` is not.
+    """
+    square = codes.new_zeros(len(codes))
+    for channel in codes.T:
+        square = square + channel * channel
+    if codes.device.type == "cpu":
+        return torch.tensor([math.sqrt(x) if x >= 0 else x for x in square.tolist()], dtype=torch.float64)
+    return square.sqrt()
 
 
 def nearest(z: Tensor, codebook: Tensor, *, mask: Tensor | None = None, metric: str = "euclidean") -> Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from adversaries import ADVERSARIES, absorbed
+from vqkernels.verification.adversaries import ADVERSARIES, absorbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adversaries import ADVERSARIES
+from vqkernels.verification.adversaries import ADVERSARIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

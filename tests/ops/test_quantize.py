@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from adversaries import ADVERSARIES
+from vqkernels.verification.adversaries import ADVERSARIES
 from torch.library import opcheck
 
 import vqkernels as vq

@@ -9,6 +9,8 @@ channel by channel, as the contract says. Ties: lowest index. Shapes are canonic
 import torch
 from torch import Tensor
 
+from ..reference import code_norms
+
 _BLOCK_ELEMENTS = 1 << 22  # scores alive at once: 16 MB of float32
 
 
@@ -53,7 +55,7 @@ def _search(rows: Tensor, codes: Tensor, metric: str, precision: str) -> tuple[T
     wide, wide_codes = rows.to(torch.float64), codes.to(torch.float64)
     direction_is_known = torch.ones((), dtype=torch.bool, device=rows.device)
     if metric == "cosine":
-        norm = contract_norm(wide_codes)
+        norm = code_norms(wide_codes)
         direction_is_known = ((norm == 0) | ((norm > 2.0**-480) & (norm < 2.0**480))).all()
         target = torch.where(norm[:, None] > 0, wide_codes / norm.clamp_min(1e-300)[:, None], 0.0)
     else:
@@ -110,21 +112,13 @@ def _rescore(rows: Tensor, codes: Tensor, candidate: Tensor, metric: str) -> Ten
         else:
             score = score - z_d[row] * e_d[code]
     if metric == "cosine":
-        norm = contract_norm(codes.to(torch.float64))[code]
+        norm = code_norms(codes.to(torch.float64))[code]
         score = torch.where(norm > 0, score / torch.where(norm > 0, norm, 1.0), 0.0)
     score = torch.where(score.isnan(), torch.inf, score)
     lowest = score.new_full((len(rows),), torch.inf).scatter_reduce(0, row, score, "amin")
     none = len(codes)
     chosen = torch.where(score == lowest[row], code, none)
     return chosen.new_full((len(rows),), none).scatter_reduce(0, row, chosen, "amin")
-
-
-def contract_norm(codes: Tensor) -> Tensor:
-    """sqrt(sum of e_d^2) in float64, channels in order."""
-    square = codes.new_zeros(len(codes))
-    for channel in codes.T:
-        square = square + channel * channel
-    return square.sqrt()
 
 
 def _product_is_float32(x: Tensor) -> bool:

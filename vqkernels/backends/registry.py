@@ -51,6 +51,11 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+def available(device_type: str) -> list[str]:
+    """Every backend that can compute tensors on `device_type`, best first."""
+    return ["cpu", "eager"] if device_type == "cpu" and _cpu_problem is None else ["eager"]
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within this context `backend="auto"` means `name`. Overrides the environment variable VQKERNELS_BACKEND."""

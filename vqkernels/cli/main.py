@@ -12,7 +12,9 @@ COMMANDS = {
     "sample": "draw images from a trained prior",
     "demo": "train on scanned digits and measure the result, in a few minutes",
     "info": "show version, machine and backends",
+    "attack": "search for a wrong index in every backend",
 }
+CORE = frozenset({"info", "attack"})  # commands that need torch alone
 EXTRA = frozenset({"PIL", "numpy", "safetensors", "sklearn", "tensorboard", "tomli", "tomli_w", "tqdm", "tyro"})
 
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"'vqkernels {name}' needs the package {package}: pip install 'vqkernels[train]'"
         print(f"vqkernels: {message}", file=sys.stderr)
         return 2
-    if name == "info":
+    if name in CORE:
         return command.run(given[1:])
 
     from vqkernels.training.errors import UserError

@@ -1,5 +1,7 @@
 """Nearest-code search: the index of the nearest code of every row, exact on every backend."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,30 @@ nearest = Operation(
 )
 
 
+@overload
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    metric: str = ...,
+    precision: str = ...,
+    channel_dim: int = ...,
+    backend: str = ...,
+    return_certificate: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    metric: str = ...,
+    precision: str = ...,
+    channel_dim: int = ...,
+    backend: str = ...,
+    return_certificate: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def nearest_code(
     z: Tensor,
     codebook: Tensor,

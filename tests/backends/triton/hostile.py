@@ -102,6 +102,11 @@ def make(name, dtype=torch.float32, seed=0):
     return z.to(dtype), e.to(dtype)
 
 
+def slow(values):
+    """Parameters for the long suite alone."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def first(values):
     """Parameters of which only the first belongs to the quick suite: the interpreter is slow."""
-    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+    return [values[0], *slow(values[1:])]

@@ -96,7 +96,7 @@ def gradients(z, codebook, mask, incoming, device, dtype):
     return (got[0][0, 0].cpu(), got[1][0].cpu()), (a.grad, b.grad)
 
 
-@pytest.mark.parametrize("alone", [None, 0, 1, 2])
+@pytest.mark.parametrize("alone", hostile.first([None, 0, 1, 2]))
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", hostile.first(["integer lattice", "gaussian", "257 dimensions"]))
 def test_gradients_in_float64(name, masked, alone, device):
@@ -111,7 +111,7 @@ def test_gradients_in_float64(name, masked, alone, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_in_narrow_types(dtype, device):
-    z, codebook = (x.double() for x in hostile.make("gaussian", dtype))
+    z, codebook = (x.double() for x in hostile.make("three dimensions", dtype))
     incoming = [torch.randn_like(z).to(dtype).double(), torch.tensor(0.7), torch.tensor(-1.3)]
     got, expected = gradients(z, codebook, None, incoming, device, dtype)
     unit = torch.finfo(dtype).eps

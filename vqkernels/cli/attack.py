@@ -1,0 +1,47 @@
+"""`vqkernels attack`: searches for a wrong index in every backend of this machine. Needs torch alone."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from vqkernels.backends import registry
+from vqkernels.verification.attack import attack
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Attack for a while; returns 0 when nothing was found and 1 with a minimal case when something was."""
+    parser = argparse.ArgumentParser(prog="vqkernels attack", description="Search for a wrong index in every backend.")
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long to search")
+    parser.add_argument("--backend", action="append", help="attack this backend only; may be given twice")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        backends = [registry.resolve(name, "cpu") for name in options.backend or registry.available("cpu")]
+    except (RuntimeError, ValueError) as error:
+        print(f"vqkernels attack: {error}", file=sys.stderr)
+        return 2
+    print(f"attacking {', '.join(backends)} for {options.minutes:g} minutes, seed {options.seed}", flush=True)
+    live = sys.stderr.isatty()
+    progress = None
+    for progress in attack(options.minutes, backends, seed=options.seed):
+        if live:
+            print(
+                f"\r{progress.seconds:6.0f} s  {progress.cases} cases, {progress.rows:.2e} rows",
+                end="",
+                file=sys.stderr,
+            )
+    if live:
+        print(file=sys.stderr)
+    if progress is None:
+        print("no time to run a single case")
+        return 0
+    print(f"{progress.cases} cases, {progress.rows} rows, {progress.scores:.2e} scores in {progress.seconds:.0f} s")
+    if progress.failure is not None:
+        print(progress.failure)
+        return 1
+    print("no wrong index found")
+    return 0
