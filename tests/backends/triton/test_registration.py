@@ -32,15 +32,13 @@ def test_the_operators_of_the_package_are_served(operators, device):
     quantized, again, _, counts, sums = operators.quantize(z, codebook, None, "euclidean", "exact", True)
     assert torch.equal(quantized[0, 0], codebook[0][indices[0, 0]])
     assert torch.equal(indices, again)
-    assert all(
-        torch.equal(x, y) for x, y in zip((counts, sums), operators.statistics(z, indices, 9, None), strict=True)
-    )
+    counts_again, sums_again = operators.statistics(z, indices, 9, None)
+    assert torch.equal(counts, counts_again)
+    assert torch.equal(sums, sums_again)
     one = torch.ones((), device=device)
     grad_z, grad_codebook = operators.quantize_backward(torch.zeros_like(z), one, one, z, codebook, indices, True)
     torch.testing.assert_close(grad_z, 2 * (z - quantized) / z.numel())
-    torch.testing.assert_close(
-        grad_codebook.sum(2), -grad_z.new_zeros(1, 9).index_add(1, indices[0, 0], grad_z.sum(3)[0])
-    )
+    torch.testing.assert_close(grad_codebook.sum(1), -grad_z.sum((0, 2)))
 
 
 def test_the_package_says_what_it_is():
