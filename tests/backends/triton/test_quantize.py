@@ -19,7 +19,9 @@ def forward(z, codebook, device, mask=None, statistics=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", hostile.first(["three dimensions", "gaussian", "257 dimensions", "one code"]))
+@pytest.mark.parametrize(
+    "name", ["three dimensions", *hostile.slow(["gaussian", "257 dimensions", "one code", "scale 1e-42"])]
+)
 def test_forward_equals_the_reference(name, dtype, device):
     z, codebook = hostile.make(name, dtype)
     quantized, indices, error, counts, sums = forward(z, codebook, device)
@@ -28,7 +30,7 @@ def test_forward_equals_the_reference(name, dtype, device):
     assert torch.equal(quantized[0, 0].cpu(), expected.to(dtype))
     assert torch.equal(indices[0, 0].cpu(), expected_indices)
     assert error.dtype == torch.float64
-    torch.testing.assert_close(float(error), float(loss) * z.numel(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(float(error), float(loss) * z.numel(), rtol=1e-6, atol=1e-60)
     expected_counts, expected_sums = reference.statistics(z, expected_indices, len(codebook))
     assert torch.equal(counts[0].cpu(), expected_counts)
     torch.testing.assert_close(sums[0].cpu().double(), expected_sums, rtol=1e-6, atol=1e-6)

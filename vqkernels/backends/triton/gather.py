@@ -19,8 +19,8 @@ def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in the type to be stored. Triton's interpreter truncates to bf16 instead of rounding to even: done by hand."""
     if INTERPRETED and TYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan")).to(tl.bfloat16)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     elif TYPE == tl.float64:
         return x.to(tl.float64)
     else:
@@ -65,7 +65,7 @@ def gather_kernel(
         read = live[:, None] & (d < DIM)[None, :]
         e = tl.load(codebook + d[None, :] * code_stride_d, mask=read, other=0.0)  # [BM, BD]
         x = working(tl.load(z + d[None, :] * stride_d, mask=read, other=0.0), WIDE)
-        stored = narrowed(e, out.dtype.element_ty, INTERPRETED)
+        stored = narrowed(working(e, WIDE), out.dtype.element_ty, INTERPRETED)
         tl.store(out + d[None, :] * out_stride_d, stored, mask=inside[:, None] & (d < DIM)[None, :])
         residual = x - working(e, WIDE)
         error += tl.sum(residual * residual, axis=1)

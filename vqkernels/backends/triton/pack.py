@@ -18,7 +18,7 @@ Codes beyond fp32's comfortable range set the radius to infinity: nothing can th
 import triton
 import triton.language as tl
 
-from vqkernels.backends.triton.rows import binary_exponent, power_of_two
+from vqkernels.backends.triton.rows import binary_exponent, power_of_two, working
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def centre_kernel(
         for start in range(0, sample, 32):
             k = start + tl.arange(0, 32)
             at = head.to(tl.int64) * stride_h + k.to(tl.int64)[:, None] * stride_k + d[None, :] * stride_d
-            e = tl.load(codebook + at, mask=(k < sample)[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float64)
+            e = working(tl.load(codebook + at, mask=(k < sample)[:, None] & (d < DIM)[None, :], other=0.0), True)
             total += tl.sum(tl.where(tl.abs(e) < 2.0**100, e, 0.0), axis=0)
         total = total / sample
     tl.store(centre + head * PADDED + d, total.to(tl.float32), mask=d < PADDED)
@@ -60,7 +60,7 @@ def extent_kernel(
     for start in range(0, DIM, BD):
         d = start + tl.arange(0, BD)
         inside = (k < codes)[:, None] & (d < DIM)[None, :]
-        e = tl.load(at + d[None, :] * stride_d, mask=inside, other=0.0).to(tl.float64)
+        e = working(tl.load(at + d[None, :] * stride_d, mask=inside, other=0.0), True)
         finite = finite & (tl.max(tl.where(tl.abs(e) < float("inf"), 0, 1), axis=1) == 0)
         y = e - tl.load(centre + head * PADDED + d, mask=d < DIM, other=0.0).to(tl.float64)[None, :]
         largest = tl.maximum(largest, tl.max(tl.where(inside, tl.abs(y), 0.0), axis=1))
@@ -83,7 +83,7 @@ def pack_codes_kernel(
     for start in range(0, DIM, BD):
         d = start + tl.arange(0, BD)
         e = tl.load(at + d[None, :] * stride_d, mask=(k < codes)[:, None] & (d < DIM)[None, :], other=0.0)
-        e = e.to(tl.float64)
+        e = working(e, True)
         finite = finite & (tl.max(tl.where(tl.abs(e) < float("inf"), 0, 1), axis=1) == 0)
         length += tl.sum(e * e, axis=1)
 
@@ -103,7 +103,7 @@ def pack_codes_kernel(
     out = packed + (head.to(tl.int64) * padded_codes + k)[:, None] * PADDED
     for start in range(0, PADDED, BD):
         d = start + tl.arange(0, BD)
-        e = tl.load(at + d[None, :] * stride_d, mask=finite[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float64)
+        e = working(tl.load(at + d[None, :] * stride_d, mask=finite[:, None] & (d < DIM)[None, :], other=0.0), True)
         y = (e - tl.load(centre + d).to(tl.float64)[None, :]) / divisor[:, None] * scale
         y = tl.where(finite[:, None] & (d < DIM)[None, :] & (~unprovable)[:, None], y, 0.0)  # [BK, BD]
         p = y.to(tl.float32).to(tl.float16)

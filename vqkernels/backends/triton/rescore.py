@@ -14,7 +14,7 @@ Reads the stored rows and codes by their strides; nothing of size K is written.
 import triton
 import triton.language as tl
 
-from vqkernels.backends.triton.rows import row_offsets
+from vqkernels.backends.triton.rows import row_offsets, working
 
 
 @triton.jit
@@ -83,8 +83,8 @@ def rescore_kernel(
                 length = tl.zeros((BM, BK), tl.float64)
                 code_at = column.to(tl.int64) * code_stride_k
                 for d in range(DIM):
-                    x = tl.load(z + row_at + d * stride_d, mask=inside, other=0.0).to(tl.float64)
-                    e = tl.load(codebook + code_at + d * code_stride_d, mask=column < codes, other=0.0).to(tl.float64)
+                    x = working(tl.load(z + row_at + d * stride_d, mask=inside, other=0.0), True)
+                    e = working(tl.load(codebook + code_at + d * code_stride_d, mask=column < codes, other=0.0), True)
                     total, length = _step(total, length, x[:, None], e[None, :], METRIC)
                 value = _finish(total, length, METRIC)
                 value = tl.where(open_codes & (value < float("inf")), value, float("inf"))
@@ -103,8 +103,8 @@ def rescore_kernel(
                     total = tl.zeros((BM,), tl.float64)
                     length = tl.zeros((BM,), tl.float64)
                     for d in range(DIM):
-                        x = tl.load(z + row_at + d * stride_d, mask=pending, other=0.0).to(tl.float64)
-                        e = tl.load(codebook + code_at + d * code_stride_d, mask=pending, other=0.0).to(tl.float64)
+                        x = working(tl.load(z + row_at + d * stride_d, mask=pending, other=0.0), True)
+                        e = working(tl.load(codebook + code_at + d * code_stride_d, mask=pending, other=0.0), True)
                         total, length = _step(total, length, x, e, METRIC)
                     value = _finish(total, length, METRIC)
                     better = pending & ((value < best) | (index == none))

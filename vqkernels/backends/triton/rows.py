@@ -38,7 +38,9 @@ def live_rows(row, rows, positions, mask, head, mask_b, mask_h, mask_p, MASKED: 
 
 @triton.jit
 def working(x, WIDE: tl.constexpr):
-    """The stored value, exactly, in the type that rounding works in: float64 for float64 input, else float32."""
+    """The stored value, exactly, in the type that arithmetic works in: float64 if WIDE, else float32."""
+    if x.dtype == tl.bfloat16:  # by its bits: Triton's interpreter flushes subnormal bf16 numbers to zero
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     if WIDE:
         return x.to(tl.float64)
     else:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vqkernels.backends.triton.gather import narrowed
+from vqkernels.backends.triton.rows import working
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def partial_kernel(
         if RESIDUAL:
             head = group // codes
             code_at = head.to(tl.int64) * code_stride_h + (group - head * codes).to(tl.int64) * code_stride_k
-            e = tl.load(codebook + code_at + d * code_stride_d, mask=d < DIM, other=0.0).to(tl.float64)
+            e = working(tl.load(codebook + code_at + d * code_stride_d, mask=d < DIM, other=0.0), True)
         total = tl.zeros((BD,), tl.float64)
         for start in range(0, CHUNK, BM):
             slot = begin + start + tl.arange(0, BM)
@@ -59,7 +60,7 @@ def partial_kernel(
             batch = row // positions
             at = batch * stride_b + head_of_row * stride_h + (row - batch * positions) * stride_p
             read = inside[:, None] & (d < DIM)[None, :]
-            x = tl.load(z + at[:, None] + d[None, :] * stride_d, mask=read, other=0.0).to(tl.float64)  # [BM, BD]
+            x = working(tl.load(z + at[:, None] + d[None, :] * stride_d, mask=read, other=0.0), True)  # [BM, BD]
             if RESIDUAL:
                 x = tl.where(read, e[None, :] - x, 0.0)
             total += tl.sum(x, axis=0)
