@@ -10,6 +10,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Fresh tensors are filled with NaN or INT_MAX, in C++ too: a kernel that leaves an element unwritten is seen.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    # The workers of pytest-xdist share the cores; tests of threads ask for them by the fixture below.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", "eager"])

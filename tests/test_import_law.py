@@ -13,9 +13,10 @@ RANK = {name: rank for rank, name in enumerate(FLOORS)} | {"dropin": 4, "bench":
 # Within a floor: who may import whom.
 DRAWN = {
     "backends/registry": {"backends/cpu"},
-    "ops/nearest": {"ops/layout", "ops/registration"},
-    "ops/statistics": {"ops/layout", "ops/registration"},
-    "ops/quantize": {"ops/layout", "ops/registration"},
+    "backends/eager": {"backends/layout"},
+    "ops/nearest": {"ops/checks", "ops/registration"},
+    "ops/statistics": {"ops/checks", "ops/registration"},
+    "ops/quantize": {"ops/checks", "ops/registration"},
     "ops/snapshot": {"ops/registration"},
     "verification/attack": {"verification/adversaries"},
     "nn/vector_quantizer": {"nn/ema", "nn/metrics"},

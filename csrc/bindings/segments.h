@@ -9,10 +9,17 @@ struct Statistics {
   Tensor counts, sums;
 };
 
-inline Statistics empty_statistics(const Tensor& z, int64_t codebook_size) {
-  const ScalarType sums = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return {torch::stable::empty({z.size(1), codebook_size}, ScalarType::Long),
-          torch::stable::empty({z.size(1), codebook_size, z.size(3)}, sums)};
+inline ScalarType sums_type(const Tensor& z) {
+  return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Statistics empty_statistics(const Tensor& z, const Layout& layout, int64_t codebook_size) {
+  return {torch::stable::empty({layout.heads, codebook_size}, ScalarType::Long),
+          torch::stable::empty({layout.heads, codebook_size, layout.channels}, sums_type(z))};
+}
+
+inline Statistics no_statistics(const Tensor& z) {
+  return {torch::stable::empty({0}, ScalarType::Long), torch::stable::empty({0}, sums_type(z))};
 }
 
 // Calls f(first code, last code) for ranges that cover all codes and hold about equally many rows.

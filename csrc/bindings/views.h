@@ -1,7 +1,9 @@
-// From tensors to the kernels' raw views: the checks that a raw operator call needs, dtypes, names, row ranges.
+// From tensors to the kernels' raw views: layouts, dtypes, names, and threads.
 //
-// Canonical shapes: z (batch, heads, positions, channels) with any strides; codebook (heads, size, channels) contiguous;
-// mask and indices (batch, heads, positions) contiguous.
+// An operator receives z as its caller has it: (..., channels, ...) with the channel axis named, and axis 0 the head where
+// the codebook is (heads, size, channels). Row r of a head is the r-th in row-major order of the remaining axes; masks
+// and indices are contiguous in that order. Rows are read through at most two strides, so z is copied only where its
+// leading axes cannot be merged into two groups.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -40,46 +42,86 @@ inline Metric metric_of(const std::string& name) {
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-inline Rows rows_of(const Tensor& z, int64_t head) {
-  STD_TORCH_CHECK(z.dim() == 4, "z must be (batch, heads, positions, channels)");
-  const DType dtype = dtype_of(z);
-  const char* base = static_cast<const char*>(z.const_data_ptr()) + head * z.stride(1) * element_size(dtype);
-  return {base, dtype, z.size(0), z.size(2), z.size(3), z.stride(0), z.stride(2), z.stride(3)};
+// A tensor of rows in canonical form: (head, batch, position, channel) by four strides.
+struct Layout {
+  int64_t heads = 1, batch = 1, positions = 1, channels = 1;
+  int64_t head_stride = 0, batch_stride = 0, position_stride = 0, channel_stride = 0;
+  bool merged = true;  // false: the leading axes need more than two strides, and the tensor must be copied
+
+  int64_t rows() const { return batch * positions; }
+};
+
+// The same rule as `Layout` of vqkernels/backends/layout.py: axes of size 1 are ignored, and at most one neighbouring
+// pair of the others may be apart by something else than the inner one's extent.
+inline Layout layout_of(const Tensor& x, int64_t channel_dim, bool batched) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(channel_dim >= int64_t(batched) && channel_dim < dims, "channel_dim is not an axis of z");
+  Layout layout;
+  layout.channels = x.size(channel_dim);
+  layout.channel_stride = x.stride(channel_dim);
+  if (batched) layout.heads = x.size(0), layout.head_stride = x.stride(0);
+  int64_t groups = 0, inner_extent = 0;
+  for (int64_t axis = dims - 1; axis >= int64_t(batched); --axis) {
+    if (axis == channel_dim || x.size(axis) == 1) continue;
+    if (groups == 0 || x.stride(axis) != inner_extent) {
+      ++groups;
+      if (groups == 1) layout.position_stride = x.stride(axis);
+      if (groups == 2) layout.batch_stride = x.stride(axis);
+    }
+    (groups == 1 ? layout.positions : layout.batch) *= x.size(axis);
+    inner_extent = x.stride(axis) * x.size(axis);
+  }
+  layout.merged = groups <= 2;
+  return layout;
 }
 
-inline RowsOut rows_out_of(const Tensor& out, int64_t head) {
-  char* base = static_cast<char*>(out.mutable_data_ptr()) + head * out.stride(1) * element_size(dtype_of(out));
-  return {base, out.stride(0), out.stride(2), out.stride(3)};
+inline bool is_batched(const Tensor& codebook) { return codebook.dim() == 3; }
+
+// x itself, or a contiguous copy where its layout needs one.
+inline Tensor mergeable(const Tensor& x, int64_t channel_dim, bool batched) {
+  return layout_of(x, channel_dim, batched).merged ? x : torch::stable::contiguous(x);
+}
+
+inline Rows rows_of(const Tensor& x, const Layout& layout, int64_t head) {
+  const DType dtype = dtype_of(x);
+  const char* base = static_cast<const char*>(x.const_data_ptr()) + head * layout.head_stride * element_size(dtype);
+  return {base,
+          dtype,
+          layout.batch,
+          layout.positions,
+          layout.channels,
+          layout.batch_stride,
+          layout.position_stride,
+          layout.channel_stride};
+}
+
+inline RowsOut rows_out_of(const Tensor& out, const Layout& layout, int64_t head) {
+  char* base = static_cast<char*>(out.mutable_data_ptr()) + head * layout.head_stride * element_size(dtype_of(out));
+  return {base, layout.positions, layout.batch_stride, layout.position_stride, layout.channel_stride};
 }
 
 inline Codes codes_of(const Tensor& codebook, int64_t head) {
-  STD_TORCH_CHECK(codebook.dim() == 3 && codebook.is_contiguous(), "codebook must be contiguous (heads, size, channels)");
   const DType dtype = dtype_of(codebook);
-  const int64_t size = codebook.size(1), channels = codebook.size(2);
+  const int64_t size = codebook.size(codebook.dim() - 2), channels = codebook.size(codebook.dim() - 1);
   const char* base = static_cast<const char*>(codebook.const_data_ptr()) + head * size * channels * element_size(dtype);
   return {base, dtype, size, channels};
 }
 
-inline RowSlots slots_of(const Tensor& z, int64_t head) {
-  return {z.size(2), z.size(1) * z.size(2), head * z.size(2)};
+// z's sizes without the channel axis.
+inline std::vector<int64_t> row_sizes(const Tensor& z, int64_t channel_dim) {
+  std::vector<int64_t> sizes;
+  for (int64_t axis = 0; axis < z.dim(); ++axis)
+    if (axis != channel_dim) sizes.push_back(z.size(axis));
+  return sizes;
 }
 
-inline void check_search(const Tensor& z, const Tensor& codebook, const std::optional<Tensor>& mask) {
-  STD_TORCH_CHECK(z.dim() == 4 && codebook.dim() == 3, "z must have 4 dimensions and codebook 3");
-  STD_TORCH_CHECK(z.size(1) == codebook.size(0) && z.size(3) == codebook.size(2),
-                  "z and codebook differ in heads or channels");
-  STD_TORCH_CHECK(codebook.size(1) > 0 && codebook.size(2) > 0, "the codebook is empty");
-  STD_TORCH_CHECK(!mask || (mask->is_contiguous() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 3 &&
-                            mask->numel() == z.size(0) * z.size(1) * z.size(2)),
-                  "mask must be contiguous bool (batch, heads, positions)");
-}
-
-// Copies rows [begin, end) of one head between a (batch, heads, positions) array and a dense one.
-template <class T> void gather_slots(const T* from, const RowSlots& slots, int64_t begin, int64_t end, T* to) {
-  for (int64_t row = begin; row < end; ++row) to[row - begin] = from[slots(row)];
-}
-template <class T> void scatter_slots(const T* from, const RowSlots& slots, int64_t begin, int64_t end, T* to) {
-  for (int64_t row = begin; row < end; ++row) to[slots(row)] = from[row - begin];
+inline void check_search(const Layout& layout, const Tensor& codebook, const std::optional<Tensor>& mask) {
+  STD_TORCH_CHECK(codebook.dim() == 2 || codebook.dim() == 3, "codebook must have 2 or 3 dimensions");
+  STD_TORCH_CHECK(layout.channels == codebook.size(codebook.dim() - 1), "z and codebook differ in channels");
+  STD_TORCH_CHECK(!is_batched(codebook) || layout.heads == codebook.size(0), "z and codebook differ in heads");
+  STD_TORCH_CHECK(codebook.size(codebook.dim() - 2) > 0 && layout.channels > 0, "the codebook is empty");
+  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->numel() == layout.heads * layout.rows()),
+                  "mask must be bool with one element per row");
 }
 
 constexpr int64_t kBlock = 32;  // rows whose squared errors are one partial sum, whatever the chunk and the threads

@@ -11,10 +11,7 @@ namespace {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int kPartials = 8;  // independent sums of one row: their order is fixed, and they hide the latency of the add
 
-template <class T> T* at(const RowsOut& out, const Rows& rows, int64_t row) {
-  return static_cast<T*>(out.data) + (row / rows.positions) * out.batch_stride +
-         (row % rows.positions) * out.position_stride;
-}
+template <class T> T* at(const RowsOut& out, int64_t row) { return static_cast<T*>(out.data) + out.offset(row); }
 
 template <class T> const T* at(const Rows& rows, int64_t row) {
   return static_cast<const T*>(rows.data) + rows.offset(row);
@@ -59,7 +56,7 @@ double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantize
     with_type(codebook.dtype, [&](auto* code_type) {
       using C = std::remove_const_t<std::remove_pointer_t<decltype(code_type)>>;
       for (int64_t row = begin; row < end; ++row) {
-        T* out = at<T>(quantized, z, row);
+        T* out = at<T>(quantized, row);
         const int64_t k = index[row - begin];
         if (k < 0) {
           fill_row(0.0, out, quantized.channel_stride, z.channels);
@@ -67,8 +64,6 @@ double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantize
         }
         const C* code = static_cast<const C*>(codebook.data) + k * codebook.channels;
         if (finite[row - begin]) {
-          // A gather whose code is 1 element apart and z is not walks z with its stride: lines are shared by the
-          // neighbouring rows of the chunk and stay in cache.
           total += gather_row(at<T>(z, row), z.channel_stride, code, out, quantized.channel_stride, z.channels);
         } else {
           copy_row(code, out, quantized.channel_stride, z.channels);
@@ -88,7 +83,7 @@ void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quanti
     with_type(codebook.dtype, [&](auto* code_type) {
       using C = std::remove_const_t<std::remove_pointer_t<decltype(code_type)>>;
       for (int64_t row = begin; row < end; ++row) {
-        T* out = at<T>(grad_z, z, row);
+        T* out = at<T>(grad_z, row);
         const int64_t k = index[row - begin];
         if (k < 0) {
           fill_row(0.0, out, grad_z.channel_stride, channels);

@@ -9,10 +9,12 @@
 
 namespace vqkernels {
 
-// A tensor of z's dtype and sizes that is written: same meaning of the strides as in Rows.
+// A tensor of z's dtype and sizes that is written; its rows may be grouped by other strides than z's.
 struct RowsOut {
   void* data;
-  int64_t batch_stride, position_stride, channel_stride;
+  int64_t positions, batch_stride, position_stride, channel_stride;
+
+  int64_t offset(int64_t row) const { return (row / positions) * batch_stride + (row % positions) * position_stride; }
 };
 
 // quantized <- the code of each row in [begin, end), zeros where index < 0. Returns the summed squared error of the rows

@@ -26,14 +26,6 @@ struct Codes {
   int64_t size, channels;
 };
 
-// Per-row arrays of one head inside a contiguous (batch, heads, positions) tensor: mask, indices.
-struct RowSlots {
-  int64_t positions, batch_stride, head_offset;
-  int64_t operator()(int64_t row) const {
-    return (row / positions) * batch_stride + head_offset + row % positions;
-  }
-};
-
 enum class Metric : int { euclidean, dot, cosine };
 
 }  // namespace vqkernels

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from vqkernels.verification.adversaries import ADVERSARIES, absorbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqkernels import reference
 from vqkernels.backends import cpu
+from vqkernels.verification.adversaries import ADVERSARIES, absorbed
 
 _C = pytest.importorskip("vqkernels._C", reason="the optional module _C was not built")
 

@@ -107,7 +107,7 @@ def test_deepcopy_pickle_and_weights_only_loading():
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_into_one_graph_with_dynamic_sizes(training):
     model = small(ema_decay=None).train(training)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for size in ((2, 3, 12, 12), (3, 3, 9, 14), (5, 3, 16, 7)):
         x = torch.randn(size)
         expected, indices, losses = model(x)

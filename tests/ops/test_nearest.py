@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from vqkernels.verification.adversaries import ADVERSARIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqkernels as vq
 from vqkernels import reference
 from vqkernels.backends import cpu
+from vqkernels.verification.adversaries import ADVERSARIES
 
 METRICS = ["euclidean", "dot", "cosine"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -108,22 +108,24 @@ def test_every_channel_axis_and_strides(channel_dim, backend):
 
 
 def test_layouts_need_no_copy():
-    from vqkernels.ops.layout import layout_of
+    from vqkernels.backends.layout import layout_of
 
-    codebook = torch.randn(4, 6)
     for shape, channel_dim in [
         ((2, 6, 3, 5), 1),
-        ((2, 3, 5, 6), -1),
-        ((7, 6), -1),
+        ((2, 3, 5, 6), 3),
+        ((7, 6), 1),
         ((6,), 0),
         ((2, 6, 9), 1),
         ((6, 4, 5), 0),
     ]:
         z = torch.randn(shape)
-        rows = layout_of(z, codebook, channel_dim).rows(z)
-        assert rows.data_ptr() == z.data_ptr() and rows.shape[3] == 6, shape
-    z = torch.randn(2, 3, 5, 6)[:, :, 1:4]  # a slice in the middle: batch and position still have a stride each
-    assert layout_of(z[0], codebook, -1).rows(z[0]).data_ptr() == z[0].data_ptr()
+        layout = layout_of(z, channel_dim, batched=False)
+        assert layout.merged and layout.rows(z).data_ptr() == z.data_ptr() and layout.rows(z).shape[3] == 6, shape
+        assert layout.restore_rows(layout.rows(z)).equal(z)
+    z = torch.randn(4, 9, 5, 6)[:, 1:4]  # a slice in the middle: batch and position still have a stride each
+    assert layout_of(z, 3, batched=False).rows(z).data_ptr() == z.data_ptr()
+    z = torch.randn(4, 9, 5, 6).transpose(1, 2)
+    assert not layout_of(z, 3, batched=False).merged
 
 
 def test_batched_codebooks(backend):

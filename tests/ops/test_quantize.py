@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from vqkernels.verification.adversaries import ADVERSARIES
 from torch.library import opcheck
 
 import vqkernels as vq
 from vqkernels import reference
 from vqkernels.ops.quantize import quantize_with_statistics
+from vqkernels.verification.adversaries import ADVERSARIES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OUTPUTS = ["quantized", "codebook_loss", "commitment_loss"]
@@ -213,22 +213,21 @@ def test_bits_do_not_depend_on_threads(threads, cpu_kernels):
 
 @pytest.mark.parametrize("overload", ["default", "eager"])
 def test_opcheck(overload, cpu_kernels):
-    z, codebook = torch.randn(2, 1, 30, 6), torch.randn(1, 9, 6)
-    mask = torch.rand(2, 1, 30) < 0.8
+    z, codebook, mask = torch.randn(2, 6, 5, 3), torch.randn(9, 6), torch.rand(2, 5, 3) < 0.8
     ops = {
         name: getattr(getattr(torch.ops.vqkernels, name), overload) for name in ("nearest", "quantize", "statistics")
     }
-    opcheck(ops["nearest"], (z, codebook, mask, "euclidean", "exact"))
-    opcheck(ops["quantize"], (z, codebook, None, "dot", "exact", True))
-    opcheck(
-        ops["quantize"],
-        (z.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), codebook, mask, "cosine", "fast", False),
-    )
-    _, indices, *_ = ops["quantize"](z, codebook, mask, "euclidean", "exact", False)
-    opcheck(ops["statistics"], (z, indices, 9, None))
+    variants = [z, z.to(memory_format=torch.channels_last), z.transpose(0, 2).contiguous().transpose(0, 2)]
+    for x in variants:
+        opcheck(ops["nearest"], (x, codebook, mask, 1, "euclidean", "exact"))
+        opcheck(ops["quantize"], (x, codebook, mask, 1, "cosine", "fast", True))
+    opcheck(ops["quantize"], (z, codebook, None, 1, "dot", "exact", False))
+    opcheck(ops["quantize"], (z, torch.randn(2, 7, 6), mask, 1, "euclidean", "exact", True))
+    _, indices, *_ = ops["quantize"](z, codebook, mask, 1, "euclidean", "exact", False)
+    opcheck(ops["statistics"], (z, indices, 9, None, 1, False))
     backward = getattr(torch.ops.vqkernels.quantize_backward, overload)
     for wanted in (True, False):
-        opcheck(backward, (torch.randn_like(z), torch.tensor(0.5), torch.tensor(0.25), z, codebook, indices, wanted))
+        opcheck(backward, (torch.randn_like(z), torch.tensor(0.5), torch.tensor(0.25), z, codebook, indices, 1, wanted))
 
 
 def test_compiles_whole_with_dynamic_shapes(backend):

@@ -3,28 +3,39 @@
 Rows go in chunks, so that a block of scores stays below `_BLOCK_ELEMENTS`. A float32 product gives every score with a
 proved error bound (the argument stands in csrc/cpu/codebook.h; a product may add its terms in any order, so the same
 constant holds); rows whose two smallest bounds are not clearly apart have their candidates scored again in float64,
-channel by channel, as the contract says. Ties: lowest index. Shapes are canonical, as in `vqkernels.ops.layout`.
+channel by channel, as the contract says. Ties: lowest index.
 """
 
 import torch
 from torch import Tensor
 
 from ..reference import code_norms
+from .layout import empty_rows, layout_of
 
 _BLOCK_ELEMENTS = 1 << 22  # scores alive at once: 16 MB of float32
 
 
-def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> tuple[Tensor, Tensor]:
-    """Indices `(batch, heads, positions)` and how many unmasked rows the filter decided."""
-    indices = torch.empty(z.shape[:3], dtype=torch.int64, device=z.device)
+def nearest(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Indices of z's shape without channels, and how many unmasked rows the filter decided."""
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    rows, codes = layout.rows(z), _heads(codebook)
+    kept = None if mask is None else layout.per_row(mask)
+    indices = torch.empty(rows.shape[:3], dtype=torch.int64, device=z.device)
     decided = torch.zeros((), dtype=torch.int64, device=z.device)
-    for head in range(z.shape[1]):
-        rows = z[:, head].reshape(-1, z.shape[3])
-        kept = None if mask is None else mask[:, head].reshape(-1)
-        found, count = _nearest(rows, codebook[head], kept, metric, precision)
-        indices[:, head] = found.view(z.shape[0], z.shape[2])
+    for head in range(rows.shape[1]):
+        flat = rows[:, head].reshape(-1, rows.shape[3])
+        found, count = _nearest(
+            flat, codes[head], None if kept is None else kept[:, head].reshape(-1), metric, precision
+        )
+        indices[:, head] = found.view(rows.shape[0], rows.shape[2])
         decided += count
-    return indices, decided
+    return layout.restore_per_row(indices).contiguous(), decided
+
+
+def _heads(codebook: Tensor) -> Tensor:
+    return codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
 
 
 def _nearest(rows: Tensor, codes: Tensor, kept: Tensor | None, metric: str, precision: str) -> tuple[Tensor, Tensor]:
@@ -128,24 +139,26 @@ def _product_is_float32(x: Tensor) -> bool:
     return x.device.type == "cpu" or not (x.is_cuda and torch.backends.cuda.matmul.allow_tf32)
 
 
-def statistics(z: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Counts and sums of the rows of each code, in a fixed order: a stable sort, then one cumulative walk per code."""
-    batch, heads, positions, channels = z.shape
-    counted = (indices >= 0) if mask is None else (indices >= 0) & mask
-    if bool((counted & (indices >= codebook_size)).any()):
+def statistics(
+    z: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, channel_dim: int, batched: bool
+) -> tuple[Tensor, Tensor]:
+    """Counts and sums of the rows of each code, in a fixed order: a stable sort, then one sum per code."""
+    layout = layout_of(z, channel_dim, batched)
+    rows, codes = layout.rows(z), layout.per_row(indices)
+    counted = (codes >= 0) if mask is None else (codes >= 0) & layout.per_row(mask)
+    if bool((counted & (codes >= codebook_size)).any()):
         raise RuntimeError(f"indices hold a code that is not below codebook_size = {codebook_size}")
+    heads, channels = rows.shape[1], rows.shape[3]
     counts = torch.zeros(heads, codebook_size, dtype=torch.int64, device=z.device)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     sums = torch.zeros(heads, codebook_size, channels, dtype=dtype, device=z.device)
     for head in range(heads):
-        rows = z[:, head].reshape(-1, channels)
-        kept = counted[:, head].reshape(-1)
-        code = indices[:, head].reshape(-1)[kept]
-        rows = rows[kept]
-        finite = rows.isfinite().all(1)
-        rows, code = rows[finite], code[finite]
+        flat, kept = rows[:, head].reshape(-1, channels), counted[:, head].reshape(-1)
+        flat, code = flat[kept], codes[:, head].reshape(-1)[kept]
+        finite = flat.isfinite().all(1)
+        flat, code = flat[finite], code[finite]
         counts[head] = torch.bincount(code, minlength=codebook_size)
-        sums[head] = _segment_sums(rows.to(torch.float64), code, codebook_size).to(dtype)
+        sums[head] = _segment_sums(flat.to(torch.float64), code, codebook_size).to(dtype)
     return counts, sums
 
 
@@ -157,25 +170,36 @@ def _segment_sums(rows: Tensor, code: Tensor, codebook_size: int) -> Tensor:
 
 
 def quantize(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str, statistics_wanted: bool
+    z: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    channel_dim: int,
+    metric: str,
+    precision: str,
+    statistics_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Look-up, indices, squared error and statistics; see `vqkernels.ops.quantize`."""
-    indices, _ = nearest(z, codebook, mask, metric, precision)
-    quantized = torch.empty_like(z)
+    batched = codebook.dim() == 3
+    layout, codes = layout_of(z, channel_dim, batched), _heads(codebook)
+    indices, _ = nearest(z, codebook, mask, channel_dim, metric, precision)
+    rows, chosen = layout.rows(z), layout.per_row(indices)
+    quantized = torch.empty_like(rows)
     error = torch.zeros((), dtype=torch.float64, device=z.device)
-    for head in range(z.shape[1]):
-        codes = codebook[head][indices[:, head].clamp_min(0)]
-        kept = (indices[:, head] >= 0).unsqueeze(-1)
-        quantized[:, head] = torch.where(kept, codes, 0.0).to(z.dtype)
-        error += torch.where(kept, z[:, head].to(torch.float64) - codes.to(torch.float64), 0.0).square().sum()
-        # inf - inf and inf^2 are not always NaN: a row that is not finite makes the error NaN by contract.
-        error += torch.where(kept, z[:, head].to(torch.float64) * 0.0, 0.0).sum()
+    for head in range(rows.shape[1]):
+        code = codes[head][chosen[:, head].clamp_min(0)]
+        kept = (chosen[:, head] >= 0).unsqueeze(-1)
+        quantized[:, head] = torch.where(kept, code, 0.0).to(z.dtype)
+        wide = rows[:, head].to(torch.float64)
+        error += torch.where(kept, wide - code.to(torch.float64), 0.0).square().sum()
+        # The square of an infinity is not NaN: a row that is not finite makes the error NaN by contract.
+        error += torch.where(kept, wide * 0.0, 0.0).sum()
     if statistics_wanted:
-        counts, sums = statistics(z, indices, codebook.shape[1], None)
+        counts, sums = statistics(z, indices, codebook.shape[-2], None, channel_dim, batched)
     else:
         counts = indices.new_empty(0)
         sums = z.new_empty(0, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
-    return quantized, indices, error, counts, sums
+    out = empty_rows(z, layout)
+    return out.copy_(layout.restore_rows(quantized)), indices, error, counts, sums
 
 
 def quantize_backward(
@@ -185,24 +209,29 @@ def quantize_backward(
     z: Tensor,
     codebook: Tensor,
     indices: Tensor,
+    channel_dim: int,
     codebook_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and of the codebook; see `vqkernels.ops.quantize`."""
-    grad_z = torch.empty_like(z)
-    grad_codebook = torch.empty_like(codebook) if codebook_gradient else codebook.new_empty(0)
-    mean = 2.0 / ((indices >= 0).sum().clamp_min(1).to(torch.float64) * z.shape[3])
+    layout, codes = layout_of(z, channel_dim, codebook.dim() == 3), _heads(codebook)
+    rows, incoming, chosen = layout.rows(z), layout.rows(grad_quantized), layout.per_row(indices)
+    grad_rows = torch.empty_like(rows)
+    grad_codes = torch.empty_like(codes, memory_format=torch.contiguous_format)
+    mean = 2.0 / ((indices >= 0).sum().clamp_min(1).to(torch.float64) * rows.shape[3])
     commitment, loss = grad_commitment_loss * mean, grad_codebook_loss * mean
-    for head in range(z.shape[1]):
-        kept = (indices[:, head] >= 0).unsqueeze(-1)
-        rows = torch.where(kept, z[:, head], 0.0).to(torch.float64)
-        finite = rows.isfinite().all(-1, keepdim=True)
-        residual = rows - codebook[head][indices[:, head].clamp_min(0)].to(torch.float64)
-        gradient = torch.where(finite, grad_quantized[:, head] + commitment * residual, torch.nan)
-        grad_z[:, head] = torch.where(kept, gradient, 0.0).to(z.dtype)
+    for head in range(rows.shape[1]):
+        code = chosen[:, head]
+        kept = (code >= 0).unsqueeze(-1)
+        wide = torch.where(kept, rows[:, head], 0.0).to(torch.float64)
+        finite = wide.isfinite().all(-1, keepdim=True)
+        residual = wide - codes[head][code.clamp_min(0)].to(torch.float64)
+        gradient = torch.where(finite, incoming[:, head] + commitment * residual, torch.nan)
+        grad_rows[:, head] = torch.where(kept, gradient, 0.0).to(z.dtype)
         if codebook_gradient:
             counted = (kept & finite).reshape(-1)
-            part = -residual.reshape(-1, z.shape[3])[counted]
-            sums = _segment_sums(part, indices[:, head].reshape(-1)[counted], codebook.shape[1])
-            used = torch.bincount(indices[:, head].reshape(-1)[counted], minlength=codebook.shape[1]) > 0
-            grad_codebook[head] = torch.where(used[:, None], loss * sums, 0.0).to(codebook.dtype)
-    return grad_z, grad_codebook
+            used_code = code.reshape(-1)[counted]
+            sums = _segment_sums(-residual.reshape(-1, rows.shape[3])[counted], used_code, codes.shape[1])
+            used = torch.bincount(used_code, minlength=codes.shape[1]) > 0
+            grad_codes[head] = torch.where(used[:, None], loss * sums, 0.0).to(codebook.dtype)
+    grad_codebook = grad_codes.view(codebook.shape) if codebook_gradient else codebook.new_empty(0)
+    return empty_rows(z, layout).copy_(layout.restore_rows(grad_rows)), grad_codebook

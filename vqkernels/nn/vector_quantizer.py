@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import registry
-from ..ops.layout import METRICS, PRECISIONS, check_choice
+from ..ops.checks import METRICS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
 from ..ops.snapshot import snapshot
 from . import metrics

@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from ..backends import eager, registry
-from .layout import METRICS, PRECISIONS, check_choice, check_mask, codebook_heads, layout_of
+from .checks import METRICS, PRECISIONS, check_choice, check_mask, check_rows, row_shape
 from .registration import Operation
 
 
-def _fake(z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape[:3], dtype=torch.int64), z.new_empty((), dtype=torch.int64)
+def _fake(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(row_shape(z, channel_dim), dtype=torch.int64), z.new_empty((), dtype=torch.int64)
 
 
 nearest = Operation(
     "nearest",
-    "(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision) -> (Tensor indices, Tensor decided)",
+    "(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, str precision)"
+    " -> (Tensor indices, Tensor decided)",
     _fake,
     eager.nearest,
 )
@@ -82,13 +85,10 @@ def nearest_code(
     """
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
-    layout = layout_of(z, codebook, channel_dim)
+    channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
-    rows = layout.rows(z.detach())
-    row_mask = None if mask is None else layout.per_row(mask, rows)
     chosen = registry.resolve(backend, z.device.type)
-    indices, decided = nearest(chosen, rows, codebook_heads(codebook.detach()), row_mask, metric, precision)
-    indices = layout.restore_per_row(indices)
+    indices, decided = nearest(chosen, z.detach(), codebook.detach(), mask, channel_dim, metric, precision)
     if not return_certificate:
         return indices
     total = indices.numel() if mask is None else mask.sum().clamp_min(1)

@@ -7,21 +7,29 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..backends import eager, registry
-from .layout import METRICS, PRECISIONS, check_choice, check_mask, codebook_heads, layout_of
+from ..backends.layout import empty_rows, layout_of
+from .checks import METRICS, PRECISIONS, check_choice, check_mask, check_rows, row_shape
 from .registration import Operation
 
 
 def _fake_forward(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str, statistics: bool
+    z: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    channel_dim: int,
+    metric: str,
+    precision: str,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    heads, size, channels = codebook.shape
+    batched = codebook.dim() == 3
+    heads = z.shape[0] if batched else 1
     sums = torch.float64 if z.dtype == torch.float64 else torch.float32
     return (
-        torch.empty_like(z),
-        z.new_empty(z.shape[:3], dtype=torch.int64),
+        empty_rows(z, layout_of(z, channel_dim, batched)),
+        z.new_empty(row_shape(z, channel_dim), dtype=torch.int64),
         z.new_empty((), dtype=torch.float64),
-        z.new_empty((heads, size) if statistics else (0,), dtype=torch.int64),
-        z.new_empty((heads, size, channels) if statistics else (0,), dtype=sums),
+        z.new_empty((heads, codebook.shape[-2]) if statistics else (0,), dtype=torch.int64),
+        z.new_empty((heads, *codebook.shape[-2:]) if statistics else (0,), dtype=sums),
     )
 
 
@@ -32,14 +40,18 @@ def _fake_backward(
     z: Tensor,
     codebook: Tensor,
     indices: Tensor,
+    channel_dim: int,
     codebook_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(codebook) if codebook_gradient else codebook.new_empty((0,))
+    grad_z = empty_rows(z, layout_of(z, channel_dim, codebook.dim() == 3))
+    if not codebook_gradient:
+        return grad_z, codebook.new_empty((0,))
+    return grad_z, torch.empty_like(codebook, memory_format=torch.contiguous_format)
 
 
 quantize = Operation(
     "quantize",
-    "(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, bool statistics)"
+    "(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, str precision, bool statistics)"
     " -> (Tensor quantized, Tensor indices, Tensor squared_error, Tensor counts, Tensor sums)",
     _fake_forward,
     eager.quantize,
@@ -47,14 +59,14 @@ quantize = Operation(
 quantize_backward = Operation(
     "quantize_backward",
     "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor z, Tensor codebook,"
-    " Tensor indices, bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
+    " Tensor indices, int channel_dim, bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
     _fake_backward,
     eager.quantize_backward,
 )
 
 
 class VectorQuantizeFunction(torch.autograd.Function):
-    """One fused forward operator, one fused backward operator. Shapes are canonical; see `vector_quantize`.
+    """One fused forward operator, one fused backward operator; arguments and results as in `quantize_with_statistics`.
 
     Saves z, the codebook and the indices: nothing of size N x K, no residual, no one-hot.
     """
@@ -64,44 +76,40 @@ class VectorQuantizeFunction(torch.autograd.Function):
         z: Tensor,
         codebook: Tensor,
         mask: Tensor | None,
+        channel_dim: int,
         metric: str,
         precision: str,
         statistics: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         quantized, indices, squared_error, counts, sums = quantize(
-            backend, z, codebook, mask, metric, precision, statistics
+            backend, z, codebook, mask, channel_dim, metric, precision, statistics
         )
-        if mask is None:
-            loss = squared_error / max(z.numel(), 1)
-        else:
-            loss = squared_error / (mask.sum() * z.shape[3]).clamp_min(1)
+        elements = max(z.numel(), 1) if mask is None else (mask.sum() * codebook.shape[-1]).clamp_min(1)
         wide = torch.float64 in (z.dtype, codebook.dtype)
-        loss = loss.to(torch.float64 if wide else torch.float32)
+        loss = (squared_error / elements).to(torch.float64 if wide else torch.float32)
         return quantized, indices, loss, loss.clone(), counts, sums
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        z, codebook, _, _, _, _, backend = inputs
+        z, codebook, _, channel_dim, _, _, _, backend = inputs
         _, indices, _, _, counts, sums = output
         ctx.mark_non_differentiable(indices, counts, sums)
         ctx.save_for_backward(z, codebook, indices)
-        ctx.backend = backend  # type: ignore[attr-defined]
+        ctx.channel_dim, ctx.backend = channel_dim, backend  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx, grad_quantized, _indices, grad_codebook_loss, grad_commitment_loss, _counts, _sums):
-        z, codebook, indices = ctx.saved_tensors
         grad_z, grad_codebook = _QuantizeBackward.apply(
             grad_quantized,
             grad_codebook_loss,
             grad_commitment_loss,
-            z,
-            codebook,
-            indices,
+            *ctx.saved_tensors,
+            ctx.channel_dim,
             ctx.needs_input_grad[1],
             ctx.backend,
         )
-        return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, None, None, None, None, None
+        return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
 
 
 class _QuantizeBackward(torch.autograd.Function):
@@ -109,10 +117,19 @@ class _QuantizeBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_quantized, grad_codebook_loss, grad_commitment_loss, z, codebook, indices, needs_codebook, backend
+        grad_quantized,
+        grad_codebook_loss,
+        grad_commitment_loss,
+        z,
+        codebook,
+        indices,
+        channel_dim,
+        codebook_gradient,
+        backend,
     ):
+        grad_losses = (grad_codebook_loss, grad_commitment_loss)
         return quantize_backward(
-            backend, grad_quantized, grad_codebook_loss, grad_commitment_loss, z, codebook, indices, needs_codebook
+            backend, grad_quantized, *grad_losses, z, codebook, indices, channel_dim, codebook_gradient
         )
 
     @staticmethod
@@ -149,22 +166,11 @@ def quantize_with_statistics(
     """`vector_quantize` with the statistics of the same rows: counts `(heads, K)`, sums `(heads, K, D)`."""
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
-    layout = layout_of(z, codebook, channel_dim)
+    channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
-    rows = layout.rows(z)
-    row_mask = None if mask is None else layout.per_row(mask, rows)
     chosen = registry.resolve(backend, z.device.type)
-    quantized, indices, codebook_loss, commitment_loss, counts, sums = VectorQuantizeFunction.apply(
-        rows, codebook_heads(codebook), row_mask, metric, precision, statistics, chosen
-    )
-    return Quantization(
-        layout.restore_rows(quantized),
-        layout.restore_per_row(indices),
-        codebook_loss,
-        commitment_loss,
-        counts,
-        sums,
-    )
+    results = VectorQuantizeFunction.apply(z, codebook, mask, channel_dim, metric, precision, statistics, chosen)
+    return Quantization(*results)
 
 
 def vector_quantize(

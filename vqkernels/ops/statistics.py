@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from ..backends import eager, registry
-from .layout import check_mask, layout_of
+from .checks import check_mask, check_rows, row_shape
 from .registration import Operation
 
 
-def _fake(z: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    heads, channels = z.shape[1], z.shape[3]
+def _fake(
+    z: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, channel_dim: int, batched: bool
+) -> tuple[Tensor, Tensor]:
+    heads, channels = z.shape[0] if batched else 1, z.shape[channel_dim]
     sums = torch.float64 if z.dtype == torch.float64 else torch.float32
     return (
         z.new_empty((heads, codebook_size), dtype=torch.int64),
@@ -19,7 +21,8 @@ def _fake(z: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None) -
 
 statistics = Operation(
     "statistics",
-    "(Tensor z, Tensor indices, SymInt codebook_size, Tensor? mask) -> (Tensor counts, Tensor sums)",
+    "(Tensor z, Tensor indices, SymInt codebook_size, Tensor? mask, int channel_dim, bool batched)"
+    " -> (Tensor counts, Tensor sums)",
     _fake,
     eager.statistics,
 )
@@ -54,13 +57,11 @@ def codebook_statistics(
     if not isinstance(z, Tensor) or z.dim() < 1:
         raise TypeError("z must be a tensor of at least one dimension")
     one_code = z.new_empty((1, z.shape[channel_dim]))
-    layout = layout_of(z, one_code.expand(z.shape[0], -1, -1) if batched else one_code, channel_dim)
+    channel_dim = check_rows(z, one_code.expand(z.shape[0], -1, -1) if batched else one_code, channel_dim)
     check_mask(mask, z, channel_dim)
-    expected = (z.shape[0], *layout.lead) if batched else layout.lead
+    expected = row_shape(z, channel_dim)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or tuple(indices.shape) != expected:
         raise ValueError(f"indices must be int64 of z's shape without channels, {list(expected)}")
-    rows = layout.rows(z.detach())
-    row_mask = None if mask is None else layout.per_row(mask, rows)
     chosen = registry.resolve(backend, z.device.type)
-    counts, sums = statistics(chosen, rows, layout.per_row(indices, rows), codebook_size, row_mask)
+    counts, sums = statistics(chosen, z.detach(), indices, codebook_size, mask, channel_dim, batched)
     return (counts, sums) if batched else (counts[0], sums[0])

@@ -205,7 +205,7 @@ def read_export(path: Path) -> Export:
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is damaged and cannot be read") from error
     if header.get("format") != EXPORT_FORMAT:

@@ -22,7 +22,7 @@ class MetricsLog:
 
     def __init__(self, file: Path, events: Path, stage: str, *, step: int, length: int) -> None:
         self.stage = stage
-        self._file = open(file, "ab")  # noqa: SIM115 (closed by close)
+        self._file = open(file, "ab")
         if self._file.tell() > length:
             self._file.truncate(length)
         self._writer = SummaryWriter(str(events / stage), purge_step=step + 1)
