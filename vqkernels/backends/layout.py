@@ -1,8 +1,8 @@
 """The canonical view of z: (batch, head, position, channel) by four strides, and the way back.
 
 Channels-last, channels-first and head layouts need no permuted copy; only a z whose leading axes cannot be merged into
-two groups, each with one stride, is copied. The operators take z as their caller has it, and each backend makes the view
-below the dispatcher, so that a compiled graph holds no reshapes. csrc/bindings/views.h has the same rule in C++.
+two groups, each with one stride, is copied. The operators take z as their caller has it, and each backend views it
+so below the dispatcher: a compiled graph holds no reshapes. csrc/bindings/views.h has the same rule in C++.
 """
 
 from itertools import pairwise
