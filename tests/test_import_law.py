@@ -14,6 +14,7 @@ RANK = {name: rank for rank, name in enumerate(FLOORS)} | {"dropin": 4, "bench":
 DRAWN = {
     "backends/registry": {"backends/cpu"},
     "backends/eager": {"backends/layout"},
+    "backends/triton/registration": {"backends/layout"},
     "ops/nearest": {"ops/checks", "ops/registration"},
     "ops/statistics": {"ops/checks", "ops/registration"},
     "ops/quantize": {"ops/checks", "ops/registration"},

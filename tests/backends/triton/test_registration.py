@@ -1,16 +1,21 @@
-"""The kernels behind torch's dispatcher, under a namespace of the test's own, with the package's schemas."""
+"""The kernels behind torch's dispatcher, under a namespace of the test's own, with the package's schemas.
+
+The package's own fallback, which takes the same arguments, says what must come out: shapes, strides and values.
+"""
 
 import pytest
 import torch
 
-from vqkernels import reference
-
 pytest.importorskip("triton")
 
+from backends.triton import hostile
+
+from vqkernels.backends import eager
 from vqkernels.backends import triton as backend
 from vqkernels.backends.triton.registration import OPERATORS, register
 
 NAMESPACE = "vqkernels_triton_test"
+CODES, DIM = 9, 6
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +29,94 @@ def operators():
     del implementations, definitions
 
 
-def test_the_operators_of_the_package_are_served(operators, device):
-    z, codebook = torch.randn(1, 1, 20, 6, device=device), torch.randn(1, 9, 6, device=device)
-    expected = reference.nearest(z[0, 0].cpu(), codebook[0].cpu())
-    indices, _ = operators.nearest(z, codebook, None, "euclidean", "exact")
-    assert torch.equal(indices[0, 0].cpu(), expected)
-    quantized, again, _, counts, sums = operators.quantize(z, codebook, None, "euclidean", "exact", True)
-    assert torch.equal(quantized[0, 0], codebook[0][indices[0, 0]])
-    assert torch.equal(indices, again)
-    counts_again, sums_again = operators.statistics(z, indices, 9, None)
-    assert torch.equal(counts, counts_again)
-    assert torch.equal(sums, sums_again)
+# name -> (z, channel_dim, heads or None)
+LAYOUTS = {
+    "rows": lambda: (torch.randn(20, DIM), 1, None),
+    "images, channels first": lambda: (torch.randn(2, DIM, 3, 4), 1, None),
+    "images, channels last": lambda: (torch.randn(2, 3, 4, DIM), 3, None),
+    "channels-last memory": lambda: (torch.randn(2, DIM, 3, 4).to(memory_format=torch.channels_last), 1, None),
+    "heads": lambda: (torch.randn(2, 11, DIM), 2, 2),
+    "heads, channels first": lambda: (torch.randn(2, 3, DIM, 5), 2, 2),
+    "one row": lambda: (torch.randn(DIM), 0, None),
+    "no rows": lambda: (torch.randn(0, DIM, 3), 1, None),
+    "every second row": lambda: (torch.randn(20, DIM)[::2], 1, None),
+    "every second channel": lambda: (torch.randn(3, 2 * DIM, 5)[:, ::2], 1, None),
+    "one row expanded": lambda: (torch.randn(1, DIM).expand(7, DIM), 1, None),
+    "axes that cannot be merged": lambda: (torch.randn(4, 3, 2, DIM).permute(2, 1, 0, 3), 3, None),
+}
+
+
+def same(found, expected):
+    """Equal where the contract fixes every bit, close where a sum may be rounded differently; equal strides always."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    significant = [axis for axis in range(found.dim()) if found.shape[axis] > 1]
+    assert [found.stride(a) for a in significant] == [expected.stride(a) for a in significant]
+    if expected.is_floating_point():
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    else:
+        assert torch.equal(found, expected)
+
+
+def inputs(layout, masked, device):
+    """z, its channel axis, a codebook, and a mask under which some rows are poisoned."""
+    z, channel_dim, heads = LAYOUTS[layout]()
+    codebook = torch.randn(CODES, DIM) if heads is None else torch.randn(heads, CODES, DIM)
+    rows = [size for axis, size in enumerate(z.shape) if axis != channel_dim]
+    mask = torch.rand(rows) < 0.6 if masked else None
+    if mask is not None and layout != "one row expanded":
+        z.masked_fill_(~mask.unsqueeze(channel_dim), torch.nan)
+    return z.to(device), channel_dim, codebook.to(device), None if mask is None else mask.to(device)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", [*list(LAYOUTS)[:2], *hostile.slow(list(LAYOUTS)[2:])])
+def test_forward_in_every_layout(layout, masked, operators, device):
+    z, channel_dim, codebook, mask = inputs(layout, masked, device)
+    expected, _ = eager.nearest(z, codebook, mask, channel_dim, "euclidean", "exact")
+    same(operators.nearest(z, codebook, mask, channel_dim, "euclidean", "exact")[0], expected)
+    arguments = (z, codebook, mask, channel_dim, "euclidean", "exact", True)
+    found = operators.quantize(*arguments)
+    for one, other in zip(found, eager.quantize(*arguments), strict=True):
+        same(one, other)
+    assert torch.equal(found[1], expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", hostile.first(list(LAYOUTS)[1:]))
+def test_backward_and_statistics_in_every_layout(layout, masked, operators, device):
+    z, channel_dim, codebook, mask = inputs(layout, masked, device)
+    indices, _ = eager.nearest(z, codebook, mask, channel_dim, "euclidean", "exact")
+    batched = codebook.dim() == 3
+    counted = (z, indices, CODES, mask, channel_dim, batched)
+    for one, other in zip(operators.statistics(*counted), eager.statistics(*counted), strict=True):
+        same(one, other)
+    losses = torch.randn(2, device=device).unbind()
+    for incoming in (torch.randn_like(z), torch.ones((), device=device).expand(z.shape)):
+        arguments = (incoming, *losses, z, codebook, indices, channel_dim, True)
+        found, expected = operators.quantize_backward(*arguments), eager.quantize_backward(*arguments)
+        same(found[0], expected[0])
+        same(found[1], expected[1])
+
+
+@pytest.mark.parametrize("layout", ["images, channels first", "heads, channels first", "every second channel"])
+def test_what_the_kernels_write_is_what_is_returned(layout, operators, device, monkeypatch):
+    """No copy of z's shape is made on the way out, where its strides allow a view."""
+    z, channel_dim, codebook, _ = inputs(layout, False, device)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *_: pytest.fail("the result was copied"))
+    quantized, indices, *_ = operators.quantize(z, codebook, None, channel_dim, "euclidean", "exact", False)
     one = torch.ones((), device=device)
-    grad_z, grad_codebook = operators.quantize_backward(torch.zeros_like(z), one, one, z, codebook, indices, True)
-    torch.testing.assert_close(grad_z, 2 * (z - quantized) / z.numel())
-    torch.testing.assert_close(grad_codebook.sum(1), -grad_z.sum((0, 2)))
+    operators.quantize_backward(torch.ones_like(z), one, one, z, codebook, indices, channel_dim, False)
+
+
+def test_a_codebook_with_strides(operators, device):
+    z, codebook = torch.randn(20, DIM, device=device), torch.randn(DIM, CODES, device=device).T
+    indices, _ = operators.nearest(z, codebook, None, 1, "euclidean", "exact")
+    one = torch.ones((), device=device)
+    arguments = (torch.ones_like(z), one, one, z, codebook, indices, 1, True)
+    found, expected = operators.quantize_backward(*arguments), eager.quantize_backward(*arguments)
+    same(found[0], expected[0])
+    same(found[1], expected[1])
 
 
 def test_the_package_says_what_it_is():

@@ -25,8 +25,9 @@ def quantize(
     metric: str,
     precision: str,
     statistics: bool,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(quantized like z, indices (B, H, P), squared error 0-d float64, counts (H, K), sums (H, K, D)).
+    """(quantized like z, or `out` filled; indices (B, H, P), squared error 0-d float64, counts (H, K), sums (H, K, D)).
 
     Shapes as in nearest(); counts and sums are empty unless `statistics`. The squared error is the sum of (z - e)² over
     the unmasked rows, added in a fixed order; NaN if one of them is poisoned.
@@ -34,7 +35,7 @@ def quantize(
     batch, heads, positions, dim = z.shape
     rows, codes = batch * positions, codebook.shape[1]
     indices, _ = nearest(z, codebook, mask, metric, precision)
-    quantized = torch.empty_like(z)
+    quantized = torch.empty_like(z) if out is None else out
     blocks = triton.cdiv(rows, KEY_ROWS)
     partial_error = torch.empty(heads * blocks, dtype=torch.float64, device=z.device)
     keys = empty_keys(z, codes) if statistics else None
@@ -63,8 +64,9 @@ def quantize_backward(
     codebook: torch.Tensor,
     indices: torch.Tensor,
     codebook_gradient: bool,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad_z like z, grad_codebook like codebook, or empty if it is not wanted). An index of -1 marks a masked row.
+    """(grad_z like z, or `out` filled; contiguous grad_codebook, or empty if not wanted). Index -1 marks a masked row.
 
     grad_z = grad_quantized + grad_commitment_loss · 2 (z - e) / M
     grad_codebook_k = grad_codebook_loss · Σ_{i→k} 2 (e_k - z_i) / M,  M = max(1, unmasked rows) · D
@@ -72,7 +74,7 @@ def quantize_backward(
     batch, heads, positions, dim = z.shape
     rows, codes = batch * positions, codebook.shape[1]
     elements = torch.count_nonzero(indices >= 0).clamp_min(1) * dim
-    grad_z = torch.empty_like(z)
+    grad_z = torch.empty_like(z) if out is None else out
     keys = empty_keys(z, codes)
     with on_device(z):
         if keys.numel() > 0:
@@ -84,6 +86,6 @@ def quantize_backward(
             )  # fmt: skip
         if not codebook_gradient:
             return grad_z, codebook.new_empty(0)
-        grad_codebook = torch.empty_like(codebook)
+        grad_codebook = torch.empty_like(codebook, memory_format=torch.contiguous_format)
         segment_sums(z, keys, grad_codebook, codebook=codebook, grad_loss=grad_codebook_loss, elements=elements)
     return grad_z, grad_codebook

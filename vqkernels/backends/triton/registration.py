@@ -1,4 +1,8 @@
-"""Offers the kernels to torch's dispatcher. Needs no Triton: a kernel's module is imported by its first call."""
+"""Offers the kernels to torch's dispatcher. Needs no Triton: a kernel's module is imported by its first call.
+
+The operators take z as its caller has it. Here it becomes the canonical view (batch, head, position, channel), and the
+kernels write what is of z's shape straight into the canonical view of the tensor that is returned.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,102 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-# operator -> module of this package that has a function of the same name and arguments
-OPERATORS = {"nearest": "nearest", "quantize": "quantize", "quantize_backward": "quantize", "statistics": "statistics"}
+from vqkernels.backends.layout import Layout, empty_rows, layout_of
 
 
 def register(namespace: str = "vqkernels", key: str = "CUDA") -> torch.library.Library:
     """Implement the operators of `namespace` for one dispatch key; keep the returned library alive."""
     library = torch.library.Library(namespace, "IMPL")
-    for operator, module in OPERATORS.items():
-        library.impl(operator, _deferred(operator, module), key)
+    for operator, implementation in OPERATORS.items():
+        library.impl(operator, implementation, key)
     return library
 
 
-def _deferred(operator: str, module: str) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__package__}.{module}"), operator)(*arguments)
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"{__package__}.{module}")
 
-    return call
+
+def _heads(codebook: Tensor) -> Tensor:
+    return codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
+
+
+def _mask(layout: Layout, mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else layout.per_row(mask)
+
+
+def _written(out: Tensor, view: Tensor, layout: Layout) -> Tensor:
+    """`out`, once the kernels have filled its canonical view; a view that had to be a copy is brought back."""
+    return out if view.data_ptr() == out.data_ptr() else out.copy_(layout.restore_rows(view))
+
+
+def _nearest(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    indices, decided = _kernels("nearest").nearest(
+        layout.rows(z), _heads(codebook), _mask(layout, mask), metric, precision
+    )
+    return layout.restore_per_row(indices).contiguous(), decided
+
+
+def _quantize(
+    z: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    channel_dim: int,
+    metric: str,
+    precision: str,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    out = empty_rows(z, layout)
+    view = layout.rows(out)
+    _, indices, squared_error, counts, sums = _kernels("quantize").quantize(
+        layout.rows(z), _heads(codebook), _mask(layout, mask), metric, precision, statistics, out=view
+    )
+    return _written(out, view, layout), layout.restore_per_row(indices).contiguous(), squared_error, counts, sums
+
+
+def _quantize_backward(
+    grad_quantized: Tensor,
+    grad_codebook_loss: Tensor,
+    grad_commitment_loss: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    channel_dim: int,
+    codebook_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    out = empty_rows(z, layout)
+    view = layout.rows(out)
+    _, grad_codebook = _kernels("quantize").quantize_backward(
+        layout.rows(grad_quantized),
+        grad_codebook_loss,
+        grad_commitment_loss,
+        layout.rows(z),
+        _heads(codebook),
+        layout.per_row(indices),
+        codebook_gradient,
+        out=view,
+    )
+    return _written(out, view, layout), grad_codebook.view(codebook.shape) if codebook_gradient else grad_codebook
+
+
+def _statistics(
+    z: Tensor, indices: Tensor, codebook_size: int, mask: Tensor | None, channel_dim: int, batched: bool
+) -> tuple[Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, batched)
+    return _kernels("statistics").statistics(
+        layout.rows(z), layout.per_row(indices), codebook_size, _mask(layout, mask)
+    )
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "nearest": _nearest,
+    "quantize": _quantize,
+    "quantize_backward": _quantize_backward,
+    "statistics": _statistics,
+}
