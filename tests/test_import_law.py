@@ -12,7 +12,8 @@ FLOORS = ["reference", "backends", "ops", "nn", "models", "training", "cli"]
 RANK = {name: rank for rank, name in enumerate(FLOORS)} | {"dropin": 4, "bench": 4, "verification": 4, "version": 0}
 # Within a floor: who may import whom.
 DRAWN = {
-    "backends/registry": {"backends/cpu"},
+    "backends/registry": {"backends/cpu", "backends/gpu", "backends/verified", "backends/triton/registration"},
+    "backends/gpu": {"backends/verified"},
     "backends/eager": {"backends/layout"},
     "backends/triton/registration": {"backends/layout"},
     "ops/nearest": {"ops/checks", "ops/registration"},

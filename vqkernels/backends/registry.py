@@ -1,7 +1,8 @@
 """Chooses the backend that computes an operation, and explains the choice.
 
 The choice is made in Python from plain module variables, so `torch.compile` guards on it. A named backend is taken or
-refused; only "auto" chooses, and it warns once when it has to take the fallback where a kernel was expected.
+refused; only "auto" chooses, and it warns once when it has to take the fallback where a kernel was expected: where it
+is unavailable, or on a GPU where it was never verified.
 """
 
 import os
@@ -11,11 +12,13 @@ from contextlib import contextmanager
 
 import torch
 
-from . import cpu
+from . import cpu, gpu, triton, verified
+from .triton import registration
 
-NAMES = ("auto", "cpu", "eager")
+NAMES = ("auto", "cpu", "triton", "eager")
 
 _cpu_problem: str | None = cpu.load()
+_triton_kernels = registration.register() if triton.problem() is None else None  # alive as long as the operators are
 _override: str = os.environ.get("VQKERNELS_BACKEND", "auto")
 _warned: set[str] = set()
 
@@ -27,22 +30,40 @@ def _check(name: str) -> str:
 
 
 def resolve(backend: str, device_type: str) -> str:
-    """The backend for tensors on `device_type`: "cpu" or "eager". An explicit request never falls back."""
+    """The backend for tensors on `device_type`: "cpu", "triton" or "eager". An explicit request never falls back."""
     _check(backend)
     if backend == "auto":
         backend = _check(_override)
     if backend == "auto":
-        if device_type == "cpu" and _cpu_problem is None:
-            return "cpu"
-        if device_type == "cpu":
-            _warn_once(f"vqkernels: the C++ kernels are unavailable ({_cpu_problem}); using the slower eager backend")
-        return "eager"
+        return _automatic(device_type)
     if backend == "cpu":
         if device_type != "cpu":
             raise RuntimeError(f'backend "cpu" computes CPU tensors, got a tensor on {device_type}')
         if _cpu_problem is not None:
             raise RuntimeError(f'backend "cpu" is unavailable: {_cpu_problem}')
+    if backend == "triton":
+        if device_type != "cuda":
+            raise RuntimeError(f'backend "triton" computes CUDA tensors, got a tensor on {device_type}')
+        if problem := gpu.state()[0]:
+            raise RuntimeError(f'backend "triton" is unavailable: {problem}')
     return backend
+
+
+def _automatic(device_type: str) -> str:
+    """The fastest backend that is available and verified."""
+    if device_type == "cpu":
+        if _cpu_problem is None:
+            return "cpu"
+        _warn_once(f"vqkernels: the C++ kernels are unavailable ({_cpu_problem}); using the slower eager backend")
+    if device_type == "cuda":
+        problem, doubt = gpu.state()
+        if not problem and not doubt:
+            return "triton"
+        if problem:
+            _warn_once(f"vqkernels: the Triton kernels are unavailable ({problem}); using the slower eager backend")
+        else:
+            _warn_once(f"vqkernels: {doubt}; using the slower eager backend until `vqkernels verify` has proved them")
+    return "eager"
 
 
 def _warn_once(message: str) -> None:
@@ -52,8 +73,12 @@ def _warn_once(message: str) -> None:
 
 
 def available(device_type: str) -> list[str]:
-    """Every backend that can compute tensors on `device_type`, best first."""
-    return ["cpu", "eager"] if device_type == "cpu" and _cpu_problem is None else ["eager"]
+    """Every backend that can compute tensors on `device_type`, best first, verified or not."""
+    if device_type == "cpu" and _cpu_problem is None:
+        return ["cpu", "eager"]
+    if device_type == "cuda" and not gpu.state()[0]:
+        return ["triton", "eager"]
+    return ["eager"]
 
 
 @contextmanager
@@ -75,9 +100,10 @@ def report() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("backend cpu", f"C++ kernels, {' '.join(levels)}" if _cpu_problem is None else f"unavailable: {_cpu_problem}"),
         ("SIMD level", os.environ.get("VQKERNELS_SIMD") or (levels[-1] if levels else "none")),
+        *_triton_report(),
         ("backend eager", "PyTorch operations, any device, same indices"),
         ("auto on a CPU", "cpu" if _cpu_problem is None else "eager"),
-        ("auto on other devices", "eager: no GPU kernel is installed"),
+        ("auto on a GPU", _automatic_on_gpu()),
         ("override", _override),
         ("threads", str(torch.get_num_threads())),
         ("built against torch", str(facts.get("torch", "not built"))),
@@ -86,3 +112,20 @@ def report() -> list[tuple[str, str]]:
     others = {name: reason for name, reason in facts.get("failures", {}).items() if name != "vqkernels._ops"}
     lines += [(f"build of {name}", f"failed: {reason}") for name, reason in others.items()]
     return lines
+
+
+def _triton_report() -> list[tuple[str, str]]:
+    """The backend, and what is known of each GPU."""
+    if problem := gpu.state()[0]:
+        return [("backend triton", f"unavailable: {problem}")]
+    lines = [("backend triton", f"Triton {gpu.triton_version()}, kernels {triton.source_hash()}")]
+    for one in gpu.visible():
+        by = verified.where(gpu.key(one))
+        told = f"verified, says {by}" if by else "not verified: run `vqkernels verify`"
+        lines.append((f"GPU {one.number}", f"{one.name}, sm_{one.capability[0]}{one.capability[1]}, {told}"))
+    return lines
+
+
+def _automatic_on_gpu() -> str:
+    problem, doubt = gpu.state()
+    return f"eager: {problem or doubt}" if problem or doubt else "triton"
