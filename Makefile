@@ -1,11 +1,16 @@
-# `make demo` for a first look, `make test` for people, `make test-all` for CI. Everything lives in .venv.
+# `make demo` for a first look, `make test` for people, `make test-all` for CI. Everything lives in .venv; the tests of
+# the Triton kernels, which need its interpreter, an older numpy and no GPU, run from the source tree in .venv-triton.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON_VENV := .venv-triton
+TRITON_BIN := $(TRITON_VENV)/bin
+TRITON_READY := $(TRITON_VENV)/.ready
+TRITON_TESTS := tests/backends/triton
 DEMO := runs/demo
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-triton test-triton-all lint clean
 
 # Torch first and pinned: the build compiles against it, and a bare `torch` would bring gigabytes of CUDA.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
@@ -13,6 +18,12 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy "setuptools>=77" wheel pybind11
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,test]"
 	touch $(READY)
+
+# The kernels' instruction budget is counted with this Triton; its interpreter needs numpy below 2.4.
+$(TRITON_READY): Makefile constraints.txt
+	test -x $(TRITON_BIN)/python || $(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_BIN)/pip install --quiet --constraint constraints.txt torch "triton==3.6.0" "numpy<2.4" pytest pytest-xdist hypothesis
+	touch $(TRITON_READY)
 
 demo: $(READY)
 	$(BIN)/vqkernels demo --out $(DEMO)
@@ -22,11 +33,23 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint test-triton
 	$(BIN)/pytest -n auto -m "not slow"
 
-test-all: lint
+test-all: lint test-triton-all
 	$(BIN)/pytest -n auto
 
+# One worker per file: the files that compile share what they compiled. Triton has wheels for Linux alone.
+ifeq ($(shell uname -s),Linux)
+test-triton: $(READY) $(TRITON_READY)
+	PYTHONPATH=$(CURDIR) $(TRITON_BIN)/pytest -n auto --dist loadfile -m "not slow" $(TRITON_TESTS)
+
+test-triton-all: $(READY) $(TRITON_READY)
+	PYTHONPATH=$(CURDIR) $(TRITON_BIN)/pytest -n auto --dist loadfile $(TRITON_TESTS)
+else
+test-triton test-triton-all:
+	@echo "the Triton tests run on Linux: skipped"
+endif
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info vqkernels/*.so vqkernels/_build.json runs
+	rm -rf $(VENV) $(TRITON_VENV) build dist *.egg-info vqkernels/*.so vqkernels/_build.json runs
