@@ -3,7 +3,8 @@
 
 extern "C" __attribute__((visibility("default"))) const char* vqkernels_simd_levels() {
   using vqkernels::Level;
-  return vqkernels::has_level(Level::avx512) ? "baseline avx2 avx512"
-         : vqkernels::has_level(Level::avx2) ? "baseline avx2"
-                                             : "baseline";
+  return vqkernels::has_level(Level::vnni)     ? "baseline avx2 avx512 vnni"
+         : vqkernels::has_level(Level::avx512) ? "baseline avx2 avx512"
+         : vqkernels::has_level(Level::avx2)   ? "baseline avx2"
+                                               : "baseline";
 }

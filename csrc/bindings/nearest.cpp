@@ -26,10 +26,11 @@ std::tuple<Tensor, Tensor> nearest_cpu(const Tensor& z_in, const Tensor& codeboo
     const Rows view = rows_of(z, layout, head);
     const PackedCodebook packed(codes_of(codebook, head), view.dtype, metric_of(metric), certified, sweep);
     const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) + head * rows : nullptr;
+    const IntegerCodebook integers = integer_codebook(view, packed, kept, certified);
     int64_t* index = static_cast<int64_t*>(indices.mutable_data_ptr()) + head * rows;
     const int64_t step = task_rows(rows, kChunk), tasks = (rows + step - 1) / step;
     parallel_for(tasks, 1, [&](int64_t first, int64_t last) {
-      NearestSearch search(view, packed, certified);
+      NearestSearch search(view, packed, integers, certified);
       bool finite[kChunk];
       for (int64_t begin = first * step; begin < std::min(last * step, rows); begin += step)
         total += search(begin, std::min(begin + step, rows), kept ? kept + begin : nullptr, index + begin, finite);

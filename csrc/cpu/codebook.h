@@ -51,6 +51,7 @@ class PackedCodebook {
   const float* centre() const { return centre_.data(); }
   const double* wide_centre() const { return wide_centre_.data(); }
   float scale() const { return scale_; }
+  bool provable() const { return provable_; }
 
   // T of the certificate for a row with centred norm `norm` whose smallest bound `best` is at `slot`.
   float threshold(float best, float norm, int32_t slot) const;

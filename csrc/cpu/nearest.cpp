@@ -9,29 +9,37 @@ namespace vqkernels {
 namespace {
 
 constexpr int64_t kBlockBytes = 128 * 1024;  // packed codes swept by every panel of a chunk before the next: half an L2
+constexpr int64_t kIntegerChannels = 16;  // below, the float32 sweep is as fast
+constexpr int64_t kIntegerRows = 128;     // below, a second packed codebook costs more than it saves
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Calls f(first tile, last tile, panel) so that a block of codes stays in cache while all panels pass over it.
+template <class F> void for_blocks(int64_t tiles, int64_t tile_bytes, int64_t panels, const F& f) {
+  const int64_t block = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, tile_bytes));
+  for (int64_t first = 0; first < tiles; first += block)
+    for (int64_t p = 0; p < panels; ++p) f(first, std::min(first + block, tiles), p);
+}
 
 }  // namespace
 
-NearestSearch::NearestSearch(const Rows& rows, const PackedCodebook& codebook, bool certified)
-    : rows_(rows), codebook_(codebook), sweep_(codebook.sweep), certified_(certified) {
+NearestSearch::NearestSearch(const Rows& rows, const PackedCodebook& codebook, const IntegerCodebook& integers,
+                             bool certified)
+    : rows_(rows),
+      codebook_(codebook),
+      integers_(integers),
+      sweep_(codebook.sweep),
+      certified_(certified),
+      use_integers_(certified && integers.usable()) {
   const int64_t padded = (kChunk + sweep_.rows - 1) / sweep_.rows * sweep_.rows;
   zero_.assign(rows.channels, 0.0f);
   panels_.resize(padded * rows.channels);
-  norm_.resize(padded);
-  best_.resize(padded);
-  second_.resize(padded);
+  for (auto* buffer : {&norm_, &best_, &second_}) buffer->resize(padded);
   slot_.resize(padded);
-  offset_.resize(kChunk);
-}
-
-void NearestSearch::read_offsets(int64_t begin, int64_t count, const bool* mask) {
-  int64_t batch = begin / rows_.positions, position = begin % rows_.positions;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t offset = batch * rows_.batch_stride + position * rows_.position_stride;
-    offset_[i] = mask == nullptr || mask[i] ? offset : kMasked;
-    if (++position == rows_.positions) position = 0, ++batch;
-  }
+  if (!use_integers_) return;
+  integer_panels_.resize(padded * integers.pairs());
+  for (auto* buffer : {&integer_best_, &integer_second_}) buffer->resize(padded);
+  for (auto* buffer : {&residual_, &largest_}) buffer->resize(padded);
+  square_.resize(padded);
 }
 
 // Reads up to rows-per-panel rows, transposed to [channel][row], then centres and scales them. Absent rows are zeros.
@@ -41,7 +49,7 @@ void NearestSearch::read_panel(const int64_t* offsets, int64_t count, float* pan
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     constexpr bool wide = std::is_same<T, double>::value;
     for (int64_t r = 0; r < lanes; ++r) {
-      if (r >= count || offsets[r] == kMasked) {
+      if (r >= count) {
         // After preparation these become 0: no bound is spoiled, and the results are never looked at.
         for (int64_t d = 0; d < channels; ++d) panel[d * lanes + r] = wide ? 0.0f : codebook_.centre()[d];
         continue;
@@ -67,59 +75,100 @@ bool NearestSearch::row_is_finite(int64_t offset) const {
   });
 }
 
-int64_t NearestSearch::operator()(int64_t begin, int64_t end, const bool* mask, int64_t* index, bool* finite) {
-  const int64_t count = end - begin, lanes = sweep_.rows, channels = rows_.channels;
-  const int64_t panels = (count + lanes - 1) / lanes;
-  const Tiles tiles = codebook_.tiles();
-  read_offsets(begin, count, mask);
-  for (int64_t p = 0; p < panels; ++p)
-    read_panel(&offset_[p * lanes], std::min(lanes, count - p * lanes), &panels_[p * lanes * channels],
-               &norm_[p * lanes]);
+void NearestSearch::read_panels(const Pending& rows) {
+  const int64_t lanes = sweep_.rows;
+  for (int64_t p = 0; p < panels(rows); ++p)
+    read_panel(&rows.offset[p * lanes], std::min(lanes, rows.size() - p * lanes),
+               &panels_[p * lanes * rows_.channels], &norm_[p * lanes]);
+}
 
+int64_t NearestSearch::operator()(int64_t begin, int64_t end, const bool* mask, int64_t* index, bool* finite) {
+  const int64_t count = end - begin;
+  pending_.clear();
+  int64_t batch = begin / rows_.positions, position = begin % rows_.positions;
+  for (int64_t i = 0; i < count; ++i) {
+    finite[i] = true;
+    if (mask == nullptr || mask[i]) pending_.add(i, batch * rows_.batch_stride + position * rows_.position_stride);
+    else index[i] = kMasked;
+    if (++position == rows_.positions) position = 0, ++batch;
+  }
+  const int64_t unmasked = pending_.size();
+  read_panels(pending_);
+  if (use_integers_) {
+    filter_in_int16(index, finite);
+    read_panels(pending_);
+  }
+  filter_in_float(index, finite);
+
+  std::vector<int64_t> found(open_.size());
+  for (int64_t first = 0; first < open_.size(); first += sweep_.rows)
+    rescore(&open_.offset[first], &threshold_[first], std::min<int64_t>(sweep_.rows, open_.size() - first),
+            &found[first]);
+  for (int64_t i = 0; i < open_.size(); ++i) index[open_.row[i]] = found[i];
+  return unmasked - open_.size();
+}
+
+// Decides what it can of the pending rows; the others stay pending.
+void NearestSearch::filter_in_int16(int64_t* index, bool* finite) {
+  const int64_t lanes = sweep_.rows, channels = rows_.channels, pairs = integers_.pairs(), count = panels(pending_);
+  for (int64_t p = 0; p < count; ++p)
+    sweep_.quantize(&panels_[p * lanes * channels], integers_.scale(), channels, &integer_panels_[p * lanes * pairs],
+                    &residual_[p * lanes], &square_[p * lanes], &largest_[p * lanes]);
+  std::fill(integer_best_.begin(), integer_best_.end(), std::numeric_limits<int32_t>::max());
+  std::fill(integer_second_.begin(), integer_second_.end(), std::numeric_limits<int32_t>::max());
+  std::fill(slot_.begin(), slot_.end(), 0);
+  const int64_t tile_bytes = (pairs + 1) * sweep_.codes_per_tile * int64_t(sizeof(int32_t));
+  for_blocks(codebook_.tile_count(), tile_bytes, count, [&](int64_t first, int64_t last, int64_t p) {
+    sweep_.sweep16(&integer_panels_[p * lanes * pairs], integers_.tiles(), first, last, &integer_best_[p * lanes],
+                   &integer_second_[p * lanes], &slot_[p * lanes]);
+  });
+  open_.clear();
+  for (int64_t i = 0; i < pending_.size(); ++i) {
+    const int64_t row = pending_.row[i];
+    if (integers_.fits(largest_[i], norm_[i]) &&
+        double(integer_second_[i]) > integers_.threshold(integer_best_[i], norm_[i], residual_[i], square_[i])) {
+      index[row] = codebook_.index(slot_[i]);
+    } else if (!(norm_[i] < kInfinity) && !row_is_finite(pending_.offset[i])) {
+      finite[row] = false;
+      index[row] = 0;
+    } else {
+      open_.add(row, pending_.offset[i]);
+    }
+  }
+  // Data on which this filter decides little costs one chunk per task, not two sweeps for every row.
+  use_integers_ = open_.size() * 10 < pending_.size() * 3;
+  std::swap(pending_, open_);
+}
+
+// Decides what it can of the pending rows; the others are left in open_, with their thresholds.
+void NearestSearch::filter_in_float(int64_t* index, bool* finite) {
+  const int64_t lanes = sweep_.rows, channels = rows_.channels;
+  open_.clear();
+  threshold_.clear();
+  if (pending_.size() == 0) return;
   std::fill(best_.begin(), best_.end(), kInfinity);
   std::fill(second_.begin(), second_.end(), kInfinity);
   std::fill(slot_.begin(), slot_.end(), 0);
   const int64_t tile_bytes = channels * sweep_.codes_per_tile * int64_t(sizeof(float));
-  const int64_t block = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, tile_bytes));
-  for (int64_t first = 0; first < codebook_.tile_count(); first += block)
-    for (int64_t p = 0; p < panels; ++p)
-      sweep_.sweep(&panels_[p * lanes * channels], &norm_[p * lanes], tiles, first,
-                   std::min(first + block, codebook_.tile_count()), &best_[p * lanes], &second_[p * lanes],
-                   &slot_[p * lanes]);
-
-  int64_t decided = 0;
-  open_row_.clear();
-  open_offset_.clear();
-  open_threshold_.clear();
-  for (int64_t i = 0; i < count; ++i) {
-    finite[i] = true;
-    if (offset_[i] == kMasked) {
-      index[i] = kMasked;
-      continue;
-    }
-    ++decided;
+  for_blocks(codebook_.tile_count(), tile_bytes, panels(pending_), [&](int64_t first, int64_t last, int64_t p) {
+    sweep_.sweep(&panels_[p * lanes * channels], &norm_[p * lanes], codebook_.tiles(), first, last, &best_[p * lanes],
+                 &second_[p * lanes], &slot_[p * lanes]);
+  });
+  for (int64_t i = 0; i < pending_.size(); ++i) {
+    const int64_t row = pending_.row[i];
     // A finite row can still have an infinite norm, so only such rows are read again.
-    if (!(norm_[i] < kInfinity) && !row_is_finite(offset_[i])) {
-      finite[i] = false;
-      index[i] = 0;
+    if (!(norm_[i] < kInfinity) && !row_is_finite(pending_.offset[i])) {
+      finite[row] = false;
+      index[row] = 0;
       continue;
     }
-    index[i] = codebook_.size() > 0 ? codebook_.index(slot_[i]) : 0;
+    index[row] = codebook_.size() > 0 ? codebook_.index(slot_[i]) : 0;
     if (!certified_ || codebook_.size() <= 1) continue;
     const float threshold = codebook_.threshold(best_[i], norm_[i], slot_[i]);
     if (second_[i] > threshold) continue;
-    --decided;
-    open_row_.push_back(i);
-    open_offset_.push_back(offset_[i]);
-    open_threshold_.push_back(threshold);
+    open_.add(row, pending_.offset[i]);
+    threshold_.push_back(threshold);
   }
-
-  const int64_t open = int64_t(open_row_.size());
-  open_index_.resize(open);
-  for (int64_t first = 0; first < open; first += lanes)
-    rescore(&open_offset_[first], &open_threshold_[first], std::min(lanes, open - first), &open_index_[first]);
-  for (int64_t i = 0; i < open; ++i) index[open_row_[i]] = open_index_[i];
-  return decided;
 }
 
 // The contract over the survivors of one panel of undecided rows. A code that survives for one row is scored for all of
@@ -158,6 +207,33 @@ void NearestSearch::rescore(const int64_t* offsets, const float* thresholds, int
       }
     }
   }
+}
+
+// The norm of a large row, centred and scaled, among up to 1024 unmasked ones.
+static double typical_row_norm(const Rows& rows, const PackedCodebook& codebook, const bool* mask) {
+  constexpr int64_t kSamples = 1024;
+  constexpr double kMargin = 1.3;  // rows beyond it go to the float32 filter
+  const int64_t step = std::max<int64_t>(1, rows.count() / kSamples);
+  double largest = 0.0;
+  with_type(rows.dtype, [&](auto* type) {
+    for (int64_t row = 0; row < rows.count(); row += step) {
+      if (mask != nullptr && !mask[row]) continue;
+      const auto* x = static_cast<decltype(type)>(rows.data) + rows.offset(row);
+      double square = 0.0;
+      for (int64_t d = 0; d < rows.channels; ++d) {
+        const double a = (double(widen(x[d * rows.channel_stride])) - codebook.wide_centre()[d]) * codebook.scale();
+        square += a * a;
+      }
+      if (square < 0x1p120) largest = std::max(largest, square);  // not of a row that no filter could take
+    }
+  });
+  return kMargin * sqrt(largest);
+}
+
+IntegerCodebook integer_codebook(const Rows& rows, const PackedCodebook& codebook, const bool* mask, bool certified) {
+  const bool worth_it = certified && codebook.sweep.sweep16 != nullptr && rows.channels >= kIntegerChannels &&
+                        rows.count() >= kIntegerRows;
+  return IntegerCodebook(codebook, worth_it ? typical_row_norm(rows, codebook, mask) : double(NAN));
 }
 
 }  // namespace vqkernels

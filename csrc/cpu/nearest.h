@@ -1,14 +1,17 @@
 // Nearest-code search on the CPU: fused float32 filter with a certificate, float64 contract for what it leaves open.
 //
-// Fused: centring, distances, running minimum and second minimum, certificate, re-scoring. Never built: the N x K matrix;
-// scores live in registers. Traffic: z once, the packed codebook once per kChunk rows, indices once. Ties: lowest index.
-// A row's result depends on that row and the codebook alone, so threads, batch splits and tilings cannot change it.
+// Three filters in a row, each exact about what it decides: int16 (codebook16.h), float32 (codebook.h), float64 (the
+// contract itself, on the codes that could still win). Fused: centring, rounding, distances, running minimum and second
+// minimum, certificates, re-scoring. Never built: the N x K matrix; scores live in registers. Traffic: z once, the packed
+// codebook once per kChunk rows, indices once. Ties: lowest index. A row's result depends on that row and the codebook
+// alone, so threads, batch splits and tilings cannot change it.
 #pragma once
 #include <stdint.h>
 
 #include <vector>
 
 #include "codebook.h"
+#include "codebook16.h"
 #include "rows.h"
 
 namespace vqkernels {
@@ -18,31 +21,46 @@ constexpr int64_t kMasked = -1;        // index of a masked row
 
 class NearestSearch {
  public:
-  NearestSearch(const Rows& rows, const PackedCodebook& codebook, bool certified);
+  NearestSearch(const Rows& rows, const PackedCodebook& codebook, const IntegerCodebook& integers, bool certified);
 
   // Searches rows [begin, end), at most kChunk of them. mask[i] == false marks row begin + i as masked. Writes the code
   // index of each row (kMasked where masked, 0 where the row is not finite) and whether the row is finite; returns how
-  // many of the unmasked rows the filter decided.
+  // many of the unmasked rows the filters decided without the contract.
   int64_t operator()(int64_t begin, int64_t end, const bool* mask, int64_t* index, bool* finite);
 
  private:
-  void read_offsets(int64_t begin, int64_t count, const bool* mask);
+  // Rows of the chunk that are still to be searched: their number in the chunk and their offset in z.
+  struct Pending {
+    std::vector<int64_t> row, offset;
+    void clear() { row.clear(), offset.clear(); }
+    void add(int64_t r, int64_t o) { row.push_back(r), offset.push_back(o); }
+    int64_t size() const { return int64_t(row.size()); }
+  };
+
+  int64_t panels(const Pending& rows) const { return (rows.size() + sweep_.rows - 1) / sweep_.rows; }
+  void read_panels(const Pending& rows);
   void read_panel(const int64_t* offsets, int64_t count, float* panel, float* norm);
   bool row_is_finite(int64_t offset) const;
+  void filter_in_int16(int64_t* index, bool* finite);
+  void filter_in_float(int64_t* index, bool* finite);
   void rescore(const int64_t* offsets, const float* thresholds, int64_t count, int64_t* index);
 
   const Rows& rows_;
   const PackedCodebook& codebook_;
+  const IntegerCodebook& integers_;
   const Sweep& sweep_;
   const bool certified_;
-  std::vector<float> zero_, panels_, norm_, best_, second_;
-  std::vector<int32_t> slot_;
-  std::vector<int64_t> offset_;  // of each row of the chunk in z; kMasked where it must not be read
-  // Undecided rows of the chunk, and the buffers of their second pass.
-  std::vector<int64_t> open_row_, open_offset_, open_index_;
-  std::vector<float> open_threshold_;
+  bool use_integers_;  // until too many rows are left undecided
+  Pending pending_, open_;
+  std::vector<float> zero_, panels_, norm_, best_, second_, residual_, largest_, threshold_;
+  std::vector<int32_t> slot_, integer_panels_, integer_best_, integer_second_;
+  std::vector<uint32_t> square_;
+  // Buffers of the float64 pass.
   std::vector<int32_t> survivors_;
   std::vector<double> wide_panel_, wide_code_, score_, wide_best_;
 };
+
+// The int16 codebook for these rows, unusable where the float32 filter alone is the better choice.
+IntegerCodebook integer_codebook(const Rows& rows, const PackedCodebook& codebook, const bool* mask, bool certified);
 
 }  // namespace vqkernels

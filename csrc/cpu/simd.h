@@ -37,6 +37,28 @@ inline Doubles add(Doubles a, Doubles b) { return _mm512_add_pd(a, b); }
 inline Doubles sub(Doubles a, Doubles b) { return _mm512_sub_pd(a, b); }
 inline Doubles mul(Doubles a, Doubles b) { return _mm512_mul_pd(a, b); }
 
+using Ints = __m512i;
+inline Ints load(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
+inline Ints splat(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints min(Ints a, Ints b) { return _mm512_min_epi32(a, b); }
+inline Ints max(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+inline Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a, b); }
+inline Ints pick(Mask m, Ints a, Ints b) { return _mm512_mask_blend_epi32(m, b, a); }
+inline Floats magnitude(Floats a) { return _mm512_abs_ps(a); }
+inline Ints round(Floats a) { return _mm512_cvtps_epi32(a); }  // to nearest even
+inline Floats convert(Ints a) { return _mm512_cvtepi32_ps(a); }
+// Low halves of `even` and of `odd` side by side: two int16 a word.
+inline Ints pair(Ints even, Ints odd) { return _mm512_mask_blend_epi16(0xaaaaaaaau, even, _mm512_slli_epi32(odd, 16)); }
+inline Ints dot(Ints sum, Ints a, Ints b) {  // sum + a.lo * b.lo + a.hi * b.hi, modulo 2^32
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
@@ -63,6 +85,21 @@ inline Doubles splat(double x) { return _mm256_set1_pd(x); }
 inline Doubles add(Doubles a, Doubles b) { return _mm256_add_pd(a, b); }
 inline Doubles sub(Doubles a, Doubles b) { return _mm256_sub_pd(a, b); }
 inline Doubles mul(Doubles a, Doubles b) { return _mm256_mul_pd(a, b); }
+
+using Ints = __m256i;
+inline Ints load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store(int32_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+inline Ints splat(int32_t x) { return _mm256_set1_epi32(x); }
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints min(Ints a, Ints b) { return _mm256_min_epi32(a, b); }
+inline Ints max(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+inline Ints less(Ints a, Ints b) { return _mm256_cmpgt_epi32(b, a); }
+inline Ints pick(Ints m, Ints a, Ints b) { return _mm256_blendv_epi8(b, a, m); }
+inline Floats magnitude(Floats a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline Ints round(Floats a) { return _mm256_cvtps_epi32(a); }
+inline Floats convert(Ints a) { return _mm256_cvtepi32_ps(a); }
+inline Ints pair(Ints even, Ints odd) { return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa); }
+inline Ints dot(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #else  // any CPU: the compiler's own four-lane vectors
 

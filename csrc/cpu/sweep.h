@@ -18,6 +18,13 @@ struct Tiles {
   int64_t channels;
 };
 
+// The integer filter's codes (see codebook16.h): the score of code j for row i is  bias[j] - q_i . p_j  in int32. A tile is
+// one row of biases (padding INT32_MAX), then one row of codes per pair of channels: two int16 a word, negated.
+struct IntegerTiles {
+  const int32_t* codes;  // [tile][1 + pair][code]
+  int64_t pairs;         // at least 1
+};
+
 struct Sweep {
   Level level;
   int rows;            // rows per panel
@@ -39,17 +46,29 @@ struct Sweep {
   // The contract for rows() rows [channel][row] in double against one code: channels in order, every operation rounded
   // separately. `euclidean`: the squared distance; otherwise minus the dot product.
   void (*contract)(const double* panel, const double* code, int64_t channels, bool euclidean, double* score);
+
+  // Rounds a prepared panel to int16, q = rint(scale * x), two channels a word: [pair][row]. Writes for each row
+  // |scale * x - q| (`residual`), |q|^2 modulo 2^32 (`square`) and the largest |scale * x| (`largest`).
+  // Null where the level has no integer filter.
+  void (*quantize)(const float* panel, float scale, int64_t channels, int32_t* out, float* residual, uint32_t* square,
+                   float* largest);
+
+  // As `sweep`, for the integer scores.
+  void (*sweep16)(const int32_t* panel, const IntegerTiles& tiles, int64_t first, int64_t last, int32_t* best,
+                  int32_t* second, int32_t* slot);
 };
 
 extern const Sweep kSweepBaseline;
 #if defined(__x86_64__)
 extern const Sweep kSweepAvx2;
 extern const Sweep kSweepAvx512;
+extern const Sweep kSweepVnni;
 #endif
 
 inline const Sweep& active_sweep() {
 #if defined(__x86_64__)
   switch (active_level()) {
+    case Level::vnni: return kSweepVnni;
     case Level::avx512: return kSweepAvx512;
     case Level::avx2: return kSweepAvx2;
     default: return kSweepBaseline;

@@ -2,5 +2,6 @@
 static constexpr int kCodesPerTile = 4;
 #include "sweep.inl"
 
-const vqkernels::Sweep vqkernels::kSweepBaseline = {Level::baseline, kRows, kCodesPerTile, prepare, sweep, sift, contract};
+const vqkernels::Sweep vqkernels::kSweepBaseline = {Level::baseline, kRows, kCodesPerTile, prepare, sweep, sift, contract, nullptr,
+                                                nullptr};
 
