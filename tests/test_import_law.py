@@ -21,6 +21,7 @@ DRAWN = {
     "ops/quantize": {"ops/checks", "ops/registration"},
     "ops/snapshot": {"ops/registration"},
     "verification/attack": {"verification/adversaries"},
+    "verification/suite": {"verification/adversaries", "verification/layouts"},
     "nn/vector_quantizer": {"nn/ema", "nn/metrics"},
 }
 FREE = {"models", "training", "cli"}  # floors whose files may import one another, without a cycle

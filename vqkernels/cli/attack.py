@@ -15,19 +15,26 @@ def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="vqkernels attack", description="Search for a wrong index in every backend.")
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to search")
     parser.add_argument("--backend", action="append", help="attack this backend only; may be given twice")
+    parser.add_argument("--device", default="cpu", help="where the inputs lie: cpu, cuda, cuda:1")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        backends = [registry.resolve(name, "cpu") for name in options.backend or registry.available("cpu")]
+        kind = torch.device(options.device).type
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"there is no device {options.device}: torch sees no CUDA GPU")
+        backends = [registry.resolve(name, kind) for name in options.backend or registry.available(kind)]
     except (RuntimeError, ValueError) as error:
         print(f"vqkernels attack: {error}", file=sys.stderr)
         return 2
-    print(f"attacking {', '.join(backends)} for {options.minutes:g} minutes, seed {options.seed}", flush=True)
+    print(
+        f"attacking {', '.join(backends)} on {options.device} for {options.minutes:g} minutes, seed {options.seed}",
+        flush=True,
+    )
     live = sys.stderr.isatty()
     progress = None
-    for progress in attack(options.minutes, backends, seed=options.seed):
+    for progress in attack(options.minutes, backends, seed=options.seed, device=options.device):
         if live:
             print(
                 f"\r{progress.seconds:6.0f} s  {progress.cases} cases, {progress.rows:.2e} rows",

@@ -12,9 +12,10 @@ COMMANDS = {
     "sample": "draw images from a trained prior",
     "demo": "train on scanned digits and measure the result, in a few minutes",
     "info": "show version, machine and backends",
+    "verify": "prove the kernels on this machine's GPU, so that they are used",
     "attack": "search for a wrong index in every backend",
 }
-CORE = frozenset({"info", "attack"})  # commands that need torch alone
+CORE = frozenset({"info", "verify", "attack"})  # commands that need torch alone
 EXTRA = frozenset({"PIL", "numpy", "safetensors", "sklearn", "tensorboard", "tomli", "tomli_w", "tqdm", "tyro"})
 
 

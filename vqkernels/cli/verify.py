@@ -1,0 +1,77 @@
+"""`vqkernels verify`: proves the kernels on this machine against the contract. Needs torch alone.
+
+Without options it proves the Triton kernels on every kind of GPU that is visible and, if nothing failed, notes it in
+the user's cache, after which `backend="auto"` takes them.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import date
+
+import torch
+
+from vqkernels.backends import gpu, registry, verified
+from vqkernels.verification.suite import verify
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Returns 0 when everything was proved, 1 when something failed, 2 when there is nothing to prove it on."""
+    parser = argparse.ArgumentParser(prog="vqkernels verify", description="Prove a backend against the contract.")
+    parser.add_argument("--backend", default="triton", choices=registry.NAMES[1:], help="what to prove")
+    parser.add_argument("--device", help="where, say cuda:1; default: every kind of GPU for triton, else the CPU")
+    options = parser.parse_args(arguments)
+    try:
+        devices = _devices(options.backend, options.device)
+    except (RuntimeError, ValueError) as error:
+        print(f"vqkernels verify: {error}", file=sys.stderr)
+        return 2
+    proofs = [_prove(options.backend, device) for device in devices]
+    return 0 if all(proofs) else 1
+
+
+def _devices(backend: str, wanted: str | None) -> list[torch.device]:
+    """The devices to prove the backend on; raises one sentence where it cannot compute on them."""
+    kind = "cuda" if backend == "triton" else "cpu"
+    device = torch.device(wanted or kind)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"there is no GPU to prove the {backend} backend on: torch sees no CUDA GPU")
+    registry.resolve(backend, device.type)
+    if device.type != "cuda":
+        return [device]
+    if wanted is None:  # one GPU of each compute capability
+        kinds = {one.capability: one.number for one in reversed(gpu.visible())}
+        return [torch.device("cuda", number) for number in sorted(kinds.values())]
+    return [torch.device("cuda", device.index or 0)]
+
+
+def _prove(backend: str, device: torch.device) -> bool:
+    """Run the suite on one device, print what it proves, and note it where the kernels need that."""
+    one = None if device.type != "cuda" else next(x for x in gpu.visible() if x.number == device.index)
+    print(f"backend {backend} on {one or device}", flush=True)
+    failed = False
+    seconds = 0.0
+    for outcome in verify(backend, device):
+        verdict = f"{len(outcome.failures)} FAILED" if outcome.failures else "proved"
+        cases = f"{outcome.cases} cases"
+        print(
+            f"  {outcome.operator:<10} {outcome.claim:<44} {cases:>10} {outcome.seconds:6.1f} s  {verdict}", flush=True
+        )
+        for failure in outcome.failures[:5]:
+            print(f"    {failure}")
+        failed = failed or bool(outcome.failures)
+        seconds += outcome.seconds
+    if failed:
+        print(f"  not proved, after {seconds:.0f} s: nothing was noted")
+        return False
+    if one is None or backend != "triton":
+        print(f"  everything proved in {seconds:.0f} s")
+        return True
+    facts = {"gpu": one.name, "torch": torch.__version__, "when": date.today().isoformat()}
+    try:
+        path = verified.record(gpu.key(one), facts)
+    except OSError as error:
+        print(f"  everything proved in {seconds:.0f} s, but it cannot be noted: {error}")
+        return False
+    print(f"  everything proved in {seconds:.0f} s; noted in {path}: backend='auto' takes these kernels from now on")
+    return True

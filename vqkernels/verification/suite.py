@@ -1,0 +1,293 @@
+"""The contract suite: proves one backend on one device against `vqkernels.reference`, claim by claim.
+
+Fresh memory is poisoned throughout (NaN, INT_MAX), so that an element left unwritten is seen. Each number of channels
+and each dtype makes a GPU backend compile its kernels anew, so the products below are cut where they prove nothing new:
+every adversary with every metric at every size in float32, and with every dtype at one size.
+"""
+
+import contextlib
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..ops.nearest import nearest_code
+from ..ops.quantize import quantize_with_statistics, vector_quantize
+from ..ops.statistics import codebook_statistics
+from .adversaries import ADVERSARIES
+from .layouts import LAYOUTS, flat, flat_rows
+
+METRICS = ("euclidean", "dot", "cosine")
+# (rows, codes, channels) by device. Rows and codes that no tile divides, one row, one code, channels below and between
+# powers of two, and more channels than one tile holds. The reference of these runs within seconds.
+SIZES = {
+    "cuda": ((2048, 1024, 64), (1001, 333, 3), (5, 4099, 64), (300, 1, 64), (500, 700, 257)),
+    "cpu": ((130, 170, 64), (101, 33, 3), (1, 300, 64), (30, 1, 64), (40, 50, 257)),
+}
+TYPES = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32),
+)
+
+
+class Place(NamedTuple):
+    """What is verified, and where."""
+
+    backend: str
+    device: torch.device
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """The first is the common one, which every dtype is tried at."""
+        return SIZES["cuda" if self.device.type == "cuda" else "cpu"]
+
+
+class Outcome(NamedTuple):
+    """One claim about one operator, and the cases that broke it."""
+
+    operator: str
+    claim: str
+    cases: int
+    seconds: float
+    failures: tuple[str, ...]
+
+
+Case = tuple[str, Callable[[], bool]]  # a name, and whether the backend does what the contract says
+
+
+def exact_indices(place: Place) -> Iterator[Case]:
+    for size in place.sizes:
+        for name, make in ADVERSARIES.items():
+            for metric in METRICS:
+
+                def case(make=make, size=size, metric=metric) -> bool:
+                    return _index(place, make(*size), metric)
+
+                yield f"{name}, {size}, {metric}", case
+
+
+def exact_indices_of_types(place: Place) -> Iterator[Case]:
+    for types in TYPES:
+        for name, make in ADVERSARIES.items():
+
+            def case(make=make, types=types) -> bool:
+                z, codebook = make(*place.sizes[0])
+                return _index(place, (z.to(types[0]), codebook.to(types[1])), "euclidean")
+
+            yield f"{name}, {types[0]}/{types[1]}", case
+
+
+def _index(place: Place, pair: tuple[Tensor, Tensor], metric: str) -> bool:
+    z, codebook = (x.to(place.device) for x in pair)
+    found = nearest_code(z, codebook, metric=metric, backend=place.backend)
+    return found.equal(reference.nearest(z, codebook, metric=metric))
+
+
+def fast_is_nearly_nearest(place: Place) -> Iterator[Case]:
+    """What "fast" picks is farther than the nearest code by no more than sixteen-bit operands explain."""
+    for n, k, d in place.sizes[:2]:
+
+        def case(n=n, k=k, d=d) -> bool:
+            z, codebook = (x.to(place.device) for x in ADVERSARIES["gaussian"](n, k, d))
+            found = nearest_code(z, codebook, precision="fast", backend=place.backend)
+            scores = reference.scores(z, codebook)
+            excess = scores.gather(1, found[:, None]).squeeze(1) - scores.min(1).values
+            return bool((excess <= 2.0**-9 * z.norm(dim=1).max() * codebook.norm(dim=1).max()).all())
+
+        yield f"gaussian, {(n, k, d)}", case
+
+
+def layouts_and_masks(place: Place) -> Iterator[Case]:
+    """Masked rows hold NaN: reading one shows in the index, the output or the loss."""
+    for name, make in LAYOUTS.items():
+        for masked in (False, True):
+
+            def case(make=make, masked=masked) -> bool:
+                z, channel_dim, codebook, mask = make(masked, place.device)
+                quantized, indices, loss, _ = vector_quantize(
+                    z, codebook, mask=mask, channel_dim=channel_dim, backend=place.backend
+                )
+                rows = flat(z, channel_dim, codebook.dim() == 3)
+                kept = None if mask is None else flat_rows(mask, codebook.dim() == 3)
+                expected = reference.nearest(rows, codebook, mask=kept)
+                out = flat(quantized, channel_dim, codebook.dim() == 3)
+                values, error = _looked_up(rows, codebook, expected)
+                # reference.nearest gives a row index 0 only where it is not masked; a masked loss is finite
+                same = flat_rows(indices, codebook.dim() == 3).equal(expected) and out.equal(values.to(z.dtype))
+                return same and _close(loss, error / max(1, int((expected >= 0).sum()) * rows.shape[-1]), 1e-6)
+
+            yield f"{name}{', masked' * masked}", case
+
+
+def values_and_loss(place: Place) -> Iterator[Case]:
+    for types in ((torch.float32, torch.float32), *TYPES):
+        for name in ("gaussian", "clustered", "offset 1e4", "subnormal", "non-finite rows", "non-finite codes"):
+
+            def case(name=name, types=types) -> bool:
+                z, codebook = (x.to(place.device, t) for x, t in zip(_pair(place, name), types, strict=True))
+                quantized, indices, loss, commitment = vector_quantize(z, codebook, backend=place.backend)
+                values, error = _looked_up(z, codebook, indices)
+                exact = quantized.equal(values.to(z.dtype)) and loss.nan_to_num(7).equal(commitment.nan_to_num(7))
+                return exact and _close(loss, error / z.numel(), 1e-6)
+
+            yield f"{name}, {types[0]}/{types[1]}", case
+
+
+def _looked_up(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the indices, zeros where masked, and the float64 squared error of the rows that count."""
+    if codebook.dim() == 3:
+        parts = [_looked_up(*one) for one in zip(z, codebook, indices, strict=True)]
+        return torch.stack([v for v, _ in parts]), torch.stack([e for _, e in parts]).sum()
+    kept = (indices >= 0).unsqueeze(-1)
+    values = torch.where(kept, codebook[indices.clamp_min(0)], 0.0)
+    wide = torch.where(kept, z, 0.0).double()
+    # a row with an infinity makes the loss NaN by contract, not infinite
+    return values, (wide - values.double()).square().sum() + (wide * 0.0).sum()
+
+
+def sums_and_counts(place: Place) -> Iterator[Case]:
+    for types in ((torch.float32, torch.float32), *TYPES[:3]):
+        for name in ("gaussian", "clustered", "collapsed", "non-finite rows"):
+
+            def case(name=name, types=types) -> bool:
+                z, codebook = (x.to(place.device, t) for x, t in zip(_pair(place, name), types, strict=True))
+                found = quantize_with_statistics(z, codebook, backend=place.backend)
+                counts, sums = codebook_statistics(z, found.indices, len(codebook), backend=place.backend)
+                expected_counts, expected_sums = reference.statistics(z, found.indices, len(codebook))
+                scale = 1e-12 if z.dtype == torch.float64 else 1e-6
+                return (
+                    counts.equal(expected_counts)
+                    and found.counts[0].equal(counts)
+                    and found.sums[0].equal(sums)
+                    and _close(sums, expected_sums, scale)
+                )
+
+            yield f"{name}, {types[0]}", case
+
+
+def repeated_bits(place: Place) -> Iterator[Case]:
+    for name in ("gaussian", "clustered", "collapsed"):
+
+        def case(name=name) -> bool:
+            z, codebook = (x.to(place.device) for x in _pair(place, name))
+            first, second = (_everything(place, z, codebook) for _ in range(2))
+            return all(x.equal(y) for x, y in zip(first, second, strict=True))
+
+        yield name, case
+
+
+def _everything(place: Place, z: Tensor, codebook: Tensor) -> list[Tensor]:
+    """Every output and gradient of one training step."""
+    z, codebook = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+    result = quantize_with_statistics(z, codebook, backend=place.backend)
+    loss = (result.quantized * 1.25).sum() + 0.5 * result.commitment_loss + 2 * result.codebook_loss
+    return [*(x.detach() for x in result), *torch.autograd.grad(loss, (z, codebook))]
+
+
+def gradients(place: Place) -> Iterator[Case]:
+    """Against autograd through the reference, in float64, on the stored values; each incoming gradient alone too."""
+    tolerances = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+    for dtype, tolerance in tolerances.items():
+        for alone in (None, 0, 1, 2) if dtype == torch.float64 else (None,):
+
+            def case(dtype=dtype, tolerance=tolerance, alone=alone) -> bool:
+                z, codebook = (x.to(place.device, dtype) for x in _pair(place, "gaussian"))
+                z, codebook = z[:400].clone(), codebook[:300].clone()
+                mask = torch.rand(len(z), device=place.device) < 0.8
+                weights = [torch.randn_like(z), *torch.randn(2, device=place.device, dtype=torch.float64).unbind()]
+                weights = [w if alone in (None, i) else torch.zeros_like(w) for i, w in enumerate(weights)]
+
+                def grads(compute: Callable[[Tensor, Tensor], tuple], cast: torch.dtype) -> tuple[Tensor, ...]:
+                    inputs = z.to(cast).requires_grad_(), codebook.to(cast).requires_grad_()
+                    quantized, _, codebook_loss, commitment = compute(*inputs)
+                    total = (quantized * weights[0].to(cast)).sum()
+                    return torch.autograd.grad(
+                        total + codebook_loss * weights[1] + commitment * weights[2], inputs, materialize_grads=True
+                    )
+
+                found = grads(lambda x, e: vector_quantize(x, e, mask=mask, backend=place.backend), dtype)
+                expected = grads(lambda x, e: reference.vector_quantize(x, e, mask=mask), torch.float64)
+                return all(_close(x, y, tolerance) for x, y in zip(found, expected, strict=True))
+
+            yield f"{dtype}, incoming {'all' if alone is None else alone}", case
+
+
+def poisoned_rows_stay_alone(place: Place) -> Iterator[Case]:
+    def case() -> bool:
+        z, codebook = (x.to(place.device) for x in _pair(place, "non-finite rows"))
+        bad = ~z.isfinite().all(1)
+        grads = _everything(place, z, codebook)[-2:]
+        return bool(grads[0][bad].isnan().all() and grads[0][~bad].isfinite().all() and grads[1].isfinite().all())
+
+    yield "non-finite rows", case
+
+
+def _pair(place: Place, name: str) -> tuple[Tensor, Tensor]:
+    return ADVERSARIES[name](*place.sizes[0])
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Within `tolerance` of the largest expected magnitude; NaN where and only where expected."""
+    expected = expected.to(found.dtype).double()  # what its type cannot hold is not asked for
+    found = found.double()
+    if not found.isnan().equal(expected.isnan()):
+        return False
+    scale = expected.nan_to_num(0).abs().max().clamp_min(1e-300) if expected.numel() else 1.0
+    return bool(((found - expected).nan_to_num(0).abs() <= tolerance * scale).all())
+
+
+CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
+    ("nearest", "index equals the contract's, float32", exact_indices),
+    ("nearest", "index equals the contract's, other dtypes", exact_indices_of_types),
+    ("nearest", "fast is within sixteen-bit rounding", fast_is_nearly_nearest),
+    ("quantize", "layouts and masks, masked rows unread", layouts_and_masks),
+    ("quantize", "looked-up values and losses", values_and_loss),
+    ("statistics", "counts exact, sums to rounding", sums_and_counts),
+    ("backward", "gradients equal the reference's", gradients),
+    ("backward", "a poisoned row harms itself alone", poisoned_rows_stay_alone),
+    ("all", "same bits when repeated", repeated_bits),
+)
+
+
+def verify(backend: str, device: torch.device, *, every: int = 1) -> Iterator[Outcome]:
+    """Try every claim; yields one outcome each. A kernel that raises has failed its case.
+
+    With `every=n` only one in n cases of a claim is tried, which is a rehearsal and proves nothing.
+    """
+    place = Place(backend, device)
+    for operator, claim, cases in CLAIMS:
+        start, count, failures = time.perf_counter(), 0, []
+        with poisoned_memory():
+            for name, holds in itertools.islice(cases(place), 0, None, every):
+                torch.manual_seed(count)
+                count += 1
+                try:
+                    if not holds():
+                        failures.append(name)
+                except Exception as error:  # any: a compiler's, a driver's, the kernel's own
+                    failures.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        yield Outcome(operator, claim, count, time.perf_counter() - start, tuple(failures))
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN or INT_MAX. Settings are restored."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic: Any = torch.utils.deterministic  # its attribute is a property that type checkers do not see
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = fill
