@@ -213,6 +213,24 @@ def test_low_matmul_precision_does_not_reach_the_indices():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("library", [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends])
+def test_precision_of_one_library_does_not_reach_the_indices(library):
+    z, codebook = ADVERSARIES["one ulp apart"](200, 40, 32)
+    before = library.fp32_precision
+    try:
+        library.fp32_precision = "tf32"
+        agree(z, codebook, "eager")
+    finally:
+        library.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_indices(dtype, backend):
+    z, codebook = ADVERSARIES["gaussian"](1000, 512, 64)
+    with torch.autocast("cpu", dtype=dtype):
+        agree(z, codebook, backend)
+
+
 def test_flushed_subnormals_do_not_reach_the_indices(cpu_kernels):
     z, codebook = ADVERSARIES["subnormal"](200, 40, 8)
     expected = reference.nearest(z, codebook)

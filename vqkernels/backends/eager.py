@@ -6,6 +6,8 @@ constant holds); rows whose two smallest bounds are not clearly apart have their
 channel by channel, as the contract says. Ties: lowest index.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -85,7 +87,8 @@ def _search(rows: Tensor, codes: Tensor, metric: str, precision: str) -> tuple[T
     row_norm, code_norm = wide.square().sum(1).sqrt(), target.square().sum(1).sqrt()
     left = torch.cat([wide, row_norm[:, None]], 1).to(work)
     right = torch.cat([-target, -error * 1.0001 * code_norm[:, None]], 1).to(work)
-    bound = torch.addmm((half_square * (1 - error)).to(work), left, right.T)
+    with _without_autocast(rows.device.type):
+        bound = torch.addmm((half_square * (1 - error)).to(work), left, right.T)
     best, slot = bound.min(1)
     if precision == "fast":
         return slot, torch.ones_like(slot, dtype=torch.bool)
@@ -132,11 +135,20 @@ def _rescore(rows: Tensor, codes: Tensor, candidate: Tensor, metric: str) -> Ten
     return chosen.new_full((len(rows),), none).scatter_reduce(0, row, chosen, "amin")
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast reaches into an operator, and would narrow its products."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+
+
 def _product_is_float32(x: Tensor) -> bool:
     """Whether a float32 matrix product on x's device really computes in float32 under the user's settings."""
-    if torch.get_float32_matmul_precision() != "highest":
+    try:
+        if torch.get_float32_matmul_precision() != "highest":
+            return False
+        return not (x.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # a precision set for one library (torch.backends.*.fp32_precision) has no single name
         return False
-    return x.device.type == "cpu" or not (x.is_cuda and torch.backends.cuda.matmul.allow_tf32)
 
 
 def statistics(
