@@ -108,9 +108,7 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
     const Segments segments = group_by_code(code.data(), rows, size);
     char* out = static_cast<char*>(grad_codebook.mutable_data_ptr()) +
                 head * size * layout.channels * element_size(codes.dtype);
-    for_code_ranges(segments, [&](int64_t first, int64_t last) {
-      codebook_gradient(view, codes, loss, segments, first, last, out);
-    });
+    run_segment_sum({view, &codes, loss, codes.dtype, out}, code, segments, size);
   }
   return {grad_z, grad_codebook};
 }

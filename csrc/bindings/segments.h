@@ -22,12 +22,19 @@ inline Statistics no_statistics(const Tensor& z) {
   return {torch::stable::empty({0}, ScalarType::Long), torch::stable::empty({0}, sums_type(z))};
 }
 
-// Calls f(first code, last code) for ranges that cover all codes and hold about equally many rows.
-template <class F> void for_code_ranges(const Segments& segments, const F& f) {
+// Runs a segment sum on torch's threads: over codes where rows are contiguous, over channels where they are apart.
+inline void run_segment_sum(const SegmentSum& sum, const std::vector<int32_t>& code, const Segments& segments,
+                            int64_t codebook_size) {
+  if (sum.rows.channel_stride != 1 && sum.rows.channels > 1) {
+    parallel_for(sum.rows.channels, 1, [&](int64_t first, int64_t last) {
+      sum_channels(sum, code.data(), codebook_size, first, last);
+    });
+    return;
+  }
   const int64_t parts = int64_t(torch::stable::get_num_threads()) * 4;
   const std::vector<int64_t> boundary = balance_codes(segments, parts);
   parallel_for(parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) f(boundary[part], boundary[part + 1]);
+    for (int64_t part = first; part < last; ++part) sum_codes(sum, segments, boundary[part], boundary[part + 1]);
   });
 }
 
@@ -40,7 +47,7 @@ inline void write_statistics(const Rows& rows, const std::vector<int32_t>& code,
   const DType type = dtype_of(out.sums);
   char* sums = static_cast<char*>(out.sums.mutable_data_ptr()) +
                head * codebook_size * rows.channels * element_size(type);
-  for_code_ranges(segments, [&](int64_t first, int64_t last) { sum_segments(rows, segments, first, last, type, sums); });
+  run_segment_sum({rows, nullptr, 1.0, type, sums}, code, segments, codebook_size);
 }
 
 }  // namespace vqkernels

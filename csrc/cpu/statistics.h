@@ -1,8 +1,10 @@
 // Deterministic segment sums: counts and sums of the rows of each code, and the codebook gradient.
 //
-// Two passes: a stable counting sort of the row numbers by code, then each code's rows are added in ascending order, in
-// double, by the one thread that owns the code. No atomics, no one-hot; the order of every sum is fixed by the data.
-// Memory: one row number per row and one offset per code.
+// Every sum adds its rows in ascending order, in double, and is rounded once, so neither threads nor the layout of z can
+// change a bit. Where a row is contiguous, the row numbers are sorted by code (a stable counting sort) and each code's rows
+// are added by the one thread that owns the code. Where the channels are apart (images, channels first) each thread owns
+// channels instead and walks all rows, which are then contiguous. No atomics, no one-hot; memory: one row number per row
+// and one offset or sum per code.
 #pragma once
 #include <stdint.h>
 
@@ -26,11 +28,20 @@ std::vector<int64_t> balance_codes(const Segments& segments, int64_t parts);
 // Whether a row holds finite values only.
 bool finite_row(const Rows& rows, int64_t row);
 
-// out[k] <- sum of the rows of k, for codes [first, last); `out` is (codebook_size, channels), contiguous.
-void sum_segments(const Rows& rows, const Segments& segments, int64_t first, int64_t last, DType out_type, void* out);
+// What is summed: the rows of each code, out[k] = sum of z; or, with a codebook, out[k] = scale * sum of (e_k - z), the
+// gradient of the codebook loss. `out` is (codebook_size, channels), contiguous.
+struct SegmentSum {
+  Rows rows;
+  const Codes* codebook;
+  double scale;
+  DType out_type;
+  void* out;
+};
 
-// out[k] <- scale * sum over the rows of k of (e_k - row): the gradient of the codebook loss.
-void codebook_gradient(const Rows& rows, const Codes& codebook, double scale, const Segments& segments, int64_t first,
-                       int64_t last, void* out);
+// Writes out[k] for codes [first, last).
+void sum_codes(const SegmentSum& sum, const Segments& segments, int64_t first, int64_t last);
+
+// Writes channels [first, last) of every out[k]. `code` as in group_by_code.
+void sum_channels(const SegmentSum& sum, const int32_t* code, int64_t codebook_size, int64_t first, int64_t last);
 
 }  // namespace vqkernels
