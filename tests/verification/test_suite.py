@@ -20,6 +20,11 @@ def test_a_correct_backend_is_proved(backend):
     assert sum(outcome.cases for outcome in outcomes) > 500
 
 
+def test_workers_find_the_same():
+    alone, shared = (list(verify("eager", CPU, every=20, workers=workers)) for workers in (1, 2))
+    assert [x._replace(seconds=0) for x in alone] == [x._replace(seconds=0) for x in shared]
+
+
 def broken(operation, change):
     """The operation with its eager results changed."""
     return lambda backend, *arguments: change(list(operation.eager(*arguments)), *arguments)
@@ -50,7 +55,7 @@ def halved_gradient(results, *_):
 @pytest.mark.parametrize(
     ("module", "name", "change", "claim"),
     [
-        (nearest, "nearest", highest_tie, "index equals the contract's, float32"),
+        (nearest, "nearest", highest_tie, "index equals the contract's, common sizes"),
         (quantize, "quantize", unwritten_row, "looked-up values and losses"),
         (statistics, "statistics", lost_row, "counts exact, sums to rounding"),
         (quantize, "quantize_backward", halved_gradient, "gradients equal the reference's"),
@@ -96,7 +101,7 @@ def test_the_command_notes_a_proof_and_only_a_proof(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(gpu, "triton_version", lambda: "3.6")
     monkeypatch.setattr(gpu, "_state", ("", ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command, "verify", lambda backend, device: verify("eager", CPU, every=50))
+    monkeypatch.setattr(command, "verify", lambda backend, device, workers: verify("eager", CPU, every=50))
     with monkeypatch.context() as fault:
         fault.setattr(statistics, "statistics", broken(statistics.statistics, lost_row))
         assert command.run([]) == 1

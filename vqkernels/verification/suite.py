@@ -7,9 +7,12 @@ every adversary with every metric at every size in float32, and with every dtype
 
 import contextlib
 import itertools
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +28,7 @@ from .layouts import LAYOUTS, flat, flat_rows
 METRICS = ("euclidean", "dot", "cosine")
 # (rows, codes, channels) by device. Rows and codes that no tile divides, one row, one code, channels below and between
 # powers of two, and more channels than one tile holds. The reference of these runs within seconds.
+REGIMES = ("common sizes", "three channels", "few rows", "one code", "257 channels")
 SIZES = {
     "cuda": ((2048, 1024, 64), (1001, 333, 3), (5, 4099, 64), (300, 1, 64), (500, 700, 257)),
     "cpu": ((130, 170, 64), (101, 33, 3), (1, 300, 64), (30, 1, 64), (40, 50, 257)),
@@ -62,15 +66,15 @@ class Outcome(NamedTuple):
 Case = tuple[str, Callable[[], bool]]  # a name, and whether the backend does what the contract says
 
 
-def exact_indices(place: Place) -> Iterator[Case]:
-    for size in place.sizes:
-        for name, make in ADVERSARIES.items():
-            for metric in METRICS:
+def exact_indices(which: int, place: Place) -> Iterator[Case]:
+    size = place.sizes[which]
+    for name, make in ADVERSARIES.items():
+        for metric in METRICS:
 
-                def case(make=make, size=size, metric=metric) -> bool:
-                    return _index(place, make(*size), metric)
+            def case(make=make, metric=metric) -> bool:
+                return _index(place, make(*size), metric)
 
-                yield f"{name}, {size}, {metric}", case
+            yield f"{name}, {size}, {metric}", case
 
 
 def exact_indices_of_types(place: Place) -> Iterator[Case]:
@@ -244,7 +248,10 @@ def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
-    ("nearest", "index equals the contract's, float32", exact_indices),
+    *(
+        ("nearest", f"index equals the contract's, {regime}", partial(exact_indices, i))
+        for i, regime in enumerate(REGIMES)
+    ),
     ("nearest", "index equals the contract's, other dtypes", exact_indices_of_types),
     ("nearest", "fast is within sixteen-bit rounding", fast_is_nearly_nearest),
     ("quantize", "layouts and masks, masked rows unread", layouts_and_masks),
@@ -256,24 +263,35 @@ CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
 )
 
 
-def verify(backend: str, device: torch.device, *, every: int = 1) -> Iterator[Outcome]:
-    """Try every claim; yields one outcome each. A kernel that raises has failed its case.
+def verify(backend: str, device: torch.device, *, every: int = 1, workers: int = 1) -> Iterator[Outcome]:
+    """Try every claim; yields one outcome each, in order.
 
-    With `every=n` only one in n cases of a claim is tried, which is a rehearsal and proves nothing.
+    With `every=n` only one in n cases of a claim is tried, which is a rehearsal and proves nothing. With several
+    workers, processes of their own share the claims: on a GPU most of the time goes into compiling.
     """
-    place = Place(backend, device)
-    for operator, claim, cases in CLAIMS:
-        start, count, failures = time.perf_counter(), 0, []
-        with poisoned_memory():
-            for name, holds in itertools.islice(cases(place), 0, None, every):
-                torch.manual_seed(count)
-                count += 1
-                try:
-                    if not holds():
-                        failures.append(name)
-                except Exception as error:  # any: a compiler's, a driver's, the kernel's own
-                    failures.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-        yield Outcome(operator, claim, count, time.perf_counter() - start, tuple(failures))
+    tasks = [(number, backend, str(device), every) for number in range(len(CLAIMS))]
+    if workers == 1:
+        yield from itertools.starmap(_try, tasks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(_try, *task) for task in tasks]:
+            yield future.result()
+
+
+def _try(number: int, backend: str, device: str, every: int) -> Outcome:
+    """One claim. A kernel that raises has failed its case."""
+    operator, claim, cases = CLAIMS[number]
+    start, count, failures = time.perf_counter(), 0, []
+    with poisoned_memory():
+        for name, holds in itertools.islice(cases(Place(backend, torch.device(device))), 0, None, every):
+            torch.manual_seed(count)
+            count += 1
+            try:
+                if not holds():
+                    failures.append(name)
+            except Exception as error:  # any: a compiler's, a driver's, the kernel's own
+                failures.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    return Outcome(operator, claim, count, time.perf_counter() - start, tuple(failures))
 
 
 @contextlib.contextmanager
