@@ -70,6 +70,15 @@ def test_encode_then_decode_is_the_reconstruction(size):
     torch.testing.assert_close(model.decode(indices, size), reconstruction)
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_model_still_decodes(dtype, ema_decay):
+    model = small(ema_decay=ema_decay).to(dtype).eval()
+    reconstruction, indices, _ = model(torch.randn(2, 3, 8, 8, dtype=dtype))
+    assert reconstruction.dtype == dtype
+    torch.testing.assert_close(model.decode(indices), reconstruction)
+
+
 def test_decode_without_a_size_gives_the_padded_image():
     assert small().decode(torch.zeros(2, 3, 4, dtype=torch.int64)).shape == (2, 3, 12, 16)
 

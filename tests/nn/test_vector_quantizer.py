@@ -118,6 +118,10 @@ def test_ema_state_survives_a_cast(dtype):
     z = torch.randn(20, 4).to(dtype)
     quantized, indices, _ = layer(z)
     assert quantized.dtype == dtype and indices.equal(reference.nearest(z, codes))
+    layer.float()
+    assert layer.codebook.dtype == layer.ema_sums.dtype == torch.float32
+    layer.double().half()
+    assert layer.codebook.dtype == layer.ema_sums.dtype == torch.float32
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])

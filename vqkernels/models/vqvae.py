@@ -146,7 +146,8 @@ class VQVAE(nn.Module):
                 f"an image of {size[0]}x{size[1]} has {self.latent_size(size)[0]}x{self.latent_size(size)[1]} codes, "
                 f"but indices are {height}x{width}"
             )
-        image = self.decoder(self.quantizer.decode(indices))
+        codes = self.quantizer.decode(indices)  # an EMA codebook stays float32 in a model of another dtype
+        image = self.decoder(codes.to(next(self.decoder.parameters()).dtype))
         return image if size is None else self._crop(image, *size)
 
     def _encode(self, x: Tensor) -> Tensor:

@@ -24,9 +24,8 @@ class VectorQuantizer(nn.Module):
         channel_dim: the axis of z that holds the D channels; 1 for images `(B, D, H, W)`.
 
     State: `codebook (K, D)` float32, a Parameter when trained by gradient and otherwise a buffer; `counts (K,)` int64
-        of
-    the last training step; with EMA `ema_counts (K,)`, `ema_sums (K, D)` float32 and `ema_steps ()` int64. Codes start
-    uniform in [-1/K, 1/K]. Floating buffers keep float32 when the module is cast.
+    of the last training step; with EMA `ema_counts (K,)`, `ema_sums (K, D)` float32 and `ema_steps ()` int64. Codes
+    start uniform in [-1/K, 1/K]. Floating buffers are never narrower than float32, whatever the module is cast to.
     """
 
     codebook: Tensor
@@ -152,14 +151,14 @@ class VectorQuantizer(nn.Module):
         return metrics.dead_codes(self.counts)
 
     def _apply(self, fn, recurse=True):
-        """Moves the state where `fn` moves it, but keeps the EMA state in float32 when a cast would narrow it."""
+        """Moves the state where `fn` moves it, but keeps the EMA state in float32 when a cast would go below."""
         names = ("codebook", "ema_counts", "ema_sums") if self.ema_decay is not None else ()
         wide = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
         for name, buffer in wide.items():
             moved = getattr(self, name)
-            if moved.dtype.itemsize < buffer.dtype.itemsize:
-                setattr(self, name, buffer.to(moved.device))
+            if moved.dtype.itemsize < torch.float32.itemsize:
+                setattr(self, name, buffer.to(moved.device, torch.float32))
         return self
 
     def extra_repr(self) -> str:
