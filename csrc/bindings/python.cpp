@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/nearest.h"
+#include "peak.h"
 
 namespace py = pybind11;
 using namespace vqkernels;
@@ -141,4 +142,6 @@ PYBIND11_MODULE(_C, m) {
         "Scores, thresholds and scale of the int16 filter (euclidean, float32); {'usable': False} where it is not used.");
   m.def("time_sweep", &time_sweep, py::arg("size"), py::arg("channels"), py::arg("repeats"),
         "Seconds per sweep of one panel, best of `repeats`.");
+  m.def("fma_rate", &fma_rate, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+        "Float32 multiply-add peak of the calling thread in operations per second, measured for about `seconds`.");
 }

@@ -48,20 +48,22 @@ void NearestSearch::read_panel(const int64_t* offsets, int64_t count, float* pan
   with_type(rows_.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     constexpr bool wide = std::is_same<T, double>::value;
-    for (int64_t r = 0; r < lanes; ++r) {
-      if (r >= count) {
-        // After preparation these become 0: no bound is spoiled, and the results are never looked at.
-        for (int64_t d = 0; d < channels; ++d) panel[d * lanes + r] = wide ? 0.0f : codebook_.centre()[d];
-        continue;
-      }
-      const T* row = static_cast<const T*>(rows_.data) + offsets[r];
-      for (int64_t d = 0; d < channels; ++d) {
-        const auto x = widen(row[d * stride]);
-        // A double row is centred and scaled before its one rounding to float; the others subtract exactly enough.
-        panel[d * lanes + r] = wide ? float((double(x) - codebook_.wide_centre()[d]) * double(codebook_.scale()))
-                                    : float(x);
-      }
+    const T* z = static_cast<const T*>(rows_.data);
+    // A double row is centred and scaled before its one rounding to float; the others are read as they are.
+    const auto read = [&](int64_t at, int64_t d) {
+      return wide ? float((double(widen(z[at])) - codebook_.wide_centre()[d]) * double(codebook_.scale()))
+                  : float(widen(z[at]));
+    };
+    if (stride == 1) {
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t d = 0; d < channels; ++d) panel[d * lanes + r] = read(offsets[r] + d, d);
+    } else {  // channels are apart: neighbouring rows share cache lines, channels do not
+      for (int64_t d = 0; d < channels; ++d)
+        for (int64_t r = 0; r < count; ++r) panel[d * lanes + r] = read(offsets[r] + d * stride, d);
     }
+    // Absent rows become 0 by preparation: no bound is spoiled, and the results are never looked at.
+    for (int64_t d = 0; d < channels; ++d)
+      for (int64_t r = count; r < lanes; ++r) panel[d * lanes + r] = wide ? 0.0f : codebook_.centre()[d];
     sweep_.prepare(panel, wide ? zero_.data() : codebook_.centre(), wide ? 1.0f : codebook_.scale(), channels, norm);
   });
 }

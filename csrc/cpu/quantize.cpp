@@ -4,6 +4,7 @@
 
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 namespace vqkernels {
 namespace {
@@ -17,25 +18,27 @@ template <class T> const T* at(const Rows& rows, int64_t row) {
   return static_cast<const T*>(rows.data) + rows.offset(row);
 }
 
-// Squared error of one row, eight interleaved partial sums added pairwise; writes the code on the way.
-template <class T, class C>
-double gather_row(const T* z, int64_t z_stride, const C* code, T* out, int64_t out_stride, int64_t channels) {
-  double partial[kPartials] = {};
-  int64_t d = 0;
-  for (; d + kPartials <= channels; d += kPartials) {
-    for (int64_t i = 0; i < kPartials; ++i) {
-      const double e = double(widen(code[d + i])), residual = double(widen(z[(d + i) * z_stride])) - e;
-      narrow(e, &out[(d + i) * out_stride]);
-      partial[i] += residual * residual;
-    }
-  }
-  for (int64_t i = 0; d + i < channels; ++i) {
-    const double e = double(widen(code[d + i])), residual = double(widen(z[(d + i) * z_stride])) - e;
-    narrow(e, &out[(d + i) * out_stride]);
-    partial[i] += residual * residual;
-  }
+// The partial sums of one row, added pairwise.
+double add_partials(const double* partial) {
   return ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
          ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+}
+
+// One element: writes the code, returns the squared residual.
+template <class T, class C> double gather_element(T z, C code, T* out) {
+  const double e = double(widen(code)), residual = double(widen(z)) - e;
+  narrow(e, out);
+  return residual * residual;
+}
+
+// Squared error of one contiguous row: channel d goes to partial sum d mod 8.
+template <class T, class C> double gather_row(const T* z, const C* code, T* out, int64_t channels) {
+  double partial[kPartials] = {};
+  int64_t d = 0;
+  for (; d + kPartials <= channels; d += kPartials)
+    for (int64_t i = 0; i < kPartials; ++i) partial[i] += gather_element(z[d + i], code[d + i], &out[d + i]);
+  for (int64_t i = 0; d + i < channels; ++i) partial[i] += gather_element(z[d + i], code[d + i], &out[d + i]);
+  return add_partials(partial);
 }
 
 template <class T, class C> void copy_row(const C* code, T* out, int64_t stride, int64_t channels) {
@@ -50,26 +53,37 @@ template <class T> void fill_row(double value, T* out, int64_t stride, int64_t c
 
 double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantized, int64_t begin, int64_t end,
                    const int64_t* index, const bool* finite) {
+  const int64_t channels = z.channels, count = end - begin;
   double total = 0.0;
   with_type(z.dtype, [&](auto* z_type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(z_type)>>;
     with_type(codebook.dtype, [&](auto* code_type) {
       using C = std::remove_const_t<std::remove_pointer_t<decltype(code_type)>>;
-      for (int64_t row = begin; row < end; ++row) {
-        T* out = at<T>(quantized, row);
-        const int64_t k = index[row - begin];
-        if (k < 0) {
-          fill_row(0.0, out, quantized.channel_stride, z.channels);
-          continue;
+      const auto code_of = [&](int64_t i) { return static_cast<const C*>(codebook.data) + index[i] * channels; };
+      if (z.channel_stride == 1 && quantized.channel_stride == 1) {
+        for (int64_t i = 0; i < count; ++i) {
+          T* out = at<T>(quantized, begin + i);
+          if (index[i] < 0) fill_row(0.0, out, 1, channels);
+          else if (!finite[i]) copy_row(code_of(i), out, 1, channels), total = kNaN;
+          else total += gather_row(at<T>(z, begin + i), code_of(i), out, channels);
         }
-        const C* code = static_cast<const C*>(codebook.data) + k * codebook.channels;
-        if (finite[row - begin]) {
-          total += gather_row(at<T>(z, row), z.channel_stride, code, out, quantized.channel_stride, z.channels);
-        } else {
-          copy_row(code, out, quantized.channel_stride, z.channels);
-          total = kNaN;
+        return;
+      }
+      // Channels are apart: they are walked in the outer loop, because neighbouring rows share cache lines.
+      std::vector<const T*> from(count);
+      std::vector<T*> to(count);
+      std::vector<double> partial(count * kPartials, 0.0);
+      for (int64_t i = 0; i < count; ++i) from[i] = at<T>(z, begin + i), to[i] = at<T>(quantized, begin + i);
+      for (int64_t d = 0; d < channels; ++d) {
+        for (int64_t i = 0; i < count; ++i) {
+          T* out = to[i] + d * quantized.channel_stride;
+          if (index[i] < 0) narrow(0.0, out);
+          else if (!finite[i]) narrow(double(widen(code_of(i)[d])), out);
+          else partial[i * kPartials + d % kPartials] += gather_element(from[i][d * z.channel_stride], code_of(i)[d], out);
         }
       }
+      for (int64_t i = 0; i < count; ++i)
+        total += index[i] >= 0 && !finite[i] ? kNaN : add_partials(&partial[i * kPartials]);
     });
   });
   return total;
@@ -77,31 +91,38 @@ double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantize
 
 void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quantized, double scale,
                    const RowsOut& grad_z, int64_t begin, int64_t end, const int64_t* index, bool* finite) {
-  const int64_t channels = z.channels;
+  const int64_t channels = z.channels, count = end - begin;
   with_type(z.dtype, [&](auto* z_type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(z_type)>>;
     with_type(codebook.dtype, [&](auto* code_type) {
       using C = std::remove_const_t<std::remove_pointer_t<decltype(code_type)>>;
-      for (int64_t row = begin; row < end; ++row) {
-        T* out = at<T>(grad_z, row);
-        const int64_t k = index[row - begin];
-        if (k < 0) {
-          fill_row(0.0, out, grad_z.channel_stride, channels);
-          continue;
-        }
-        const T* x = at<T>(z, row);
-        const T* incoming = at<T>(grad_quantized, row);
-        const C* code = static_cast<const C*>(codebook.data) + k * codebook.channels;
-        double poison = 0.0;  // x * 0 is NaN exactly where x is not finite
-        for (int64_t d = 0; d < channels; ++d) {
-          const double value = double(widen(x[d * z.channel_stride]));
-          const double residual = value - double(widen(code[d]));
-          poison += value * 0.0;
-          narrow(double(widen(incoming[d * grad_quantized.channel_stride])) + scale * residual,
-                 &out[d * grad_z.channel_stride]);
-        }
-        finite[row - begin] = poison == 0.0;
-        if (!finite[row - begin]) fill_row(kNaN, out, grad_z.channel_stride, channels);
+      std::vector<double> poison(count, 0.0);  // x * 0 is NaN exactly where x is not finite
+      std::vector<const T*> from(count), incoming(count);
+      std::vector<T*> to(count);
+      for (int64_t i = 0; i < count; ++i) {
+        from[i] = at<T>(z, begin + i);
+        incoming[i] = at<T>(grad_quantized, begin + i);
+        to[i] = at<T>(grad_z, begin + i);
+      }
+      const auto element = [&](int64_t i, int64_t d) {
+        T* out = to[i] + d * grad_z.channel_stride;
+        if (index[i] < 0) return narrow(0.0, out);
+        const double value = double(widen(from[i][d * z.channel_stride]));
+        const double code = double(widen(static_cast<const C*>(codebook.data)[index[i] * channels + d]));
+        poison[i] += value * 0.0;
+        narrow(double(widen(incoming[i][d * grad_quantized.channel_stride])) + scale * (value - code), out);
+      };
+      if (z.channel_stride == 1) {
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t d = 0; d < channels; ++d) element(i, d);
+      } else {  // neighbouring rows share cache lines, channels do not
+        for (int64_t d = 0; d < channels; ++d)
+          for (int64_t i = 0; i < count; ++i) element(i, d);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        if (index[i] < 0) continue;
+        finite[i] = poison[i] == 0.0;
+        if (!finite[i]) fill_row(kNaN, to[i], grad_z.channel_stride, channels);
       }
     });
   });
