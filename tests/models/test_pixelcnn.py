@@ -96,6 +96,10 @@ def test_mistakes_are_named():
         small().sample((1, 2, 2), labels=torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels must be \(2,\)"):
         small(num_classes=3).sample((2, 2, 2), labels=torch.zeros(1, dtype=torch.int64))
+    conditional = small(num_classes=3)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 2\], but one is 3"):
+        conditional.sample((2, 2, 2), labels=torch.tensor([0, 3]))
+    assert conditional.training, "a mistake leaves the model in eval mode"
     with pytest.raises(ValueError, match=r"codes must be \(B, H, W\)"):
         small()(torch.zeros(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="kernel_size must be odd and at least 3, but is 4"):

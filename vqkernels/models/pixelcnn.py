@@ -114,7 +114,7 @@ class PixelCNN(nn.Module):
         """Logits (B, K, H, W) of codes (B, H, W) int64 given labels (B,); those at a position depend on earlier ones.
 
         Raises:
-            ValueError: codes have the wrong shape, or labels are missing or not expected.
+            ValueError: codes have the wrong shape, or labels are missing, not expected or (on the CPU) out of range.
         """
         if codes.ndim != 3:
             raise ValueError(f"codes must be (B, H, W), but have shape {tuple(codes.shape)}")
@@ -167,11 +167,13 @@ class PixelCNN(nn.Module):
         codes = torch.zeros(shape, dtype=torch.int64, device=self.embedding.weight.device)
         training = self.training
         self.eval()
-        for row, column in _bar(positions) if progress else positions:
-            logits = self(codes[:, : row + 1], labels)[:, :, row, column]  # [B, K]
-            probabilities = _truncate(torch.softmax(logits.double() / temperature, dim=-1), top_k, top_p)
-            codes[:, row, column] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        self.train(training)
+        try:
+            for row, column in _bar(positions) if progress else positions:
+                logits = self(codes[:, : row + 1], labels)[:, :, row, column]  # [B, K]
+                probabilities = _truncate(torch.softmax(logits.double() / temperature, dim=-1), top_k, top_p)
+                codes[:, row, column] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        finally:
+            self.train(training)
         return codes
 
     def _check_labels(self, labels: Tensor | None, batch: int) -> None:
@@ -182,6 +184,10 @@ class PixelCNN(nn.Module):
             raise ValueError("labels are not expected: this prior was built with num_classes=None")
         elif labels.shape != (batch,):
             raise ValueError(f"labels must be ({batch},), one per grid of codes, but have shape {tuple(labels.shape)}")
+        elif labels.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
+            outside = labels[(labels < 0) | (labels >= self.num_classes)].tolist()
+            if outside:
+                raise ValueError(f"labels must be in [0, {self.num_classes - 1}], but one is {outside[0]}")
 
 
 def _gate(features: Tensor) -> Tensor:
