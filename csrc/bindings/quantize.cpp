@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z_
   const Sweep& sweep = active_sweep();
   const int64_t rows = layout.rows(), size = codebook.size(codebook.dim() - 2);
   Tensor quantized = torch::stable::empty_like(z);
-  const Layout out_layout = layout_of(quantized, channel_dim, batched);
-  STD_TORCH_CHECK(out_layout.merged, "the output of a mergeable z is mergeable");
+  const Tensor written = mergeable(quantized, channel_dim, batched);  // a twin of it where z's axes interleave
+  const Layout out_layout = layout_of(written, channel_dim, batched);
   Tensor indices = torch::stable::empty(row_sizes(z, channel_dim), ScalarType::Long);
   Tensor squared_error = torch::stable::empty({}, ScalarType::Double);
   Statistics out = statistics ? empty_statistics(z, layout, size) : no_statistics(z);
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z_
     if (rows > 0) {
       const DefaultArithmetic arithmetic;
       const Codes codes = codes_of(codebook, head);
-      const RowsOut target = rows_out_of(quantized, out_layout, head);
+      const RowsOut target = rows_out_of(written, out_layout, head);
       const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) + head * rows : nullptr;
       int64_t* index = static_cast<int64_t*>(indices.mutable_data_ptr()) + head * rows;
       const PackedCodebook packed(codes, view.dtype, metric_of(metric), certified, sweep);
@@ -58,6 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z_
     for (double part : partial) error += part;
     if (statistics) write_statistics(view, code, size, head, out);
   }
+  if (written.mutable_data_ptr() != quantized.mutable_data_ptr()) torch::stable::copy_(quantized, written);
   *static_cast<double*>(squared_error.mutable_data_ptr()) = error;
   return {quantized, indices, squared_error, out.counts, out.sums};
 }
@@ -85,15 +86,15 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
   const double commitment = scalar(grad_commitment_loss) * mean, loss = scalar(grad_codebook_loss) * mean;
 
   Tensor grad_z = torch::stable::empty_like(z);
-  const Layout out_layout = layout_of(grad_z, channel_dim, batched);
-  STD_TORCH_CHECK(out_layout.merged, "the gradient of a mergeable z is mergeable");
+  const Tensor written = mergeable(grad_z, channel_dim, batched);
+  const Layout out_layout = layout_of(written, channel_dim, batched);
   Tensor grad_codebook = needs_codebook_gradient ? torch::stable::empty_like(codebook)
                                                  : torch::stable::empty({0}, codebook.scalar_type());
   std::vector<int32_t> code(rows);
   for (int64_t head = 0; head < layout.heads; ++head) {
     const Rows view = rows_of(z, layout, head), from = rows_of(incoming, in_layout, head);
     const Codes codes = codes_of(codebook, head);
-    const RowsOut target = rows_out_of(grad_z, out_layout, head);
+    const RowsOut target = rows_out_of(written, out_layout, head);
     const int64_t* index = indices_data + head * rows;
     parallel_for((rows + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
       bool finite[kChunk];
@@ -110,6 +111,7 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
                 head * size * layout.channels * element_size(codes.dtype);
     run_segment_sum({view, &codes, loss, codes.dtype, out}, code, segments, size);
   }
+  if (written.mutable_data_ptr() != grad_z.mutable_data_ptr()) torch::stable::copy_(grad_z, written);
   return {grad_z, grad_codebook};
 }
 

@@ -181,6 +181,19 @@ def test_channels_first_keeps_the_memory_format(shape, backend):
         assert leaf.grad.equal(expected)
 
 
+def test_axes_that_interleave_and_empty_slices(backend):
+    """Layouts that are read by two strides, but whose like is not written by two."""
+    interleaved = torch.randn(60).as_strided((2, 3, 2, 4), (12, 4, 6, 1))
+    for z in (interleaved, torch.randn(4, 7, 6, 4)[:0, ::2, ::2], torch.randn(0, 5, 0, 4)[:, ::2]):
+        leaf, codebook = z.detach().requires_grad_(), torch.randn(20, 4)
+        quantized, indices, loss, _ = vq.vector_quantize(leaf, codebook, backend=backend)
+        assert indices.equal(reference.nearest(z.reshape(-1, 4), codebook).view(z.shape[:-1]))
+        assert quantized.equal(codebook[indices]) and bool(loss.isfinite())
+        incoming = torch.randn(z.shape)
+        (gradient,) = torch.autograd.grad(quantized, leaf, incoming)
+        assert gradient.equal(incoming)
+
+
 def test_batched_codebooks_have_gradients_of_their_own(backend):
     z, codebook = torch.randn(3, 60, 5, dtype=torch.float64), torch.randn(3, 9, 5, dtype=torch.float64)
     cotangents = cotangents_for(z)
