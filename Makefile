@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TRITON_VENV := .venv-triton
 TRITON_BIN := $(TRITON_VENV)/bin
 TRITON_READY := $(TRITON_VENV)/.ready
-TRITON_TESTS := tests/backends/triton
+TRITON_TESTS := tests/backends/triton tests/benchmarks
 DEMO := runs/demo
 
 .PHONY: demo test test-all test-triton test-triton-all lint clean

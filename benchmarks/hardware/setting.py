@@ -1,0 +1,97 @@
+"""Where the command runs: a GPU, or its rehearsal on the CPU in Triton's interpreter, with tiny sizes and no times."""
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+
+import vqkernels
+from vqkernels.backends import gpu, registry
+from vqkernels.backends import triton as kernels
+from vqkernels.backends.triton import registration
+
+ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
+
+
+@dataclass
+class Setting:
+    """What every step is told."""
+
+    device: torch.device
+    dry: bool
+    deadline: float  # of time.monotonic()
+    wheels: Path | None = None  # a folder of wheels of peers
+    kept: list[Any] = field(default_factory=list)
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def size(self, full: T, tiny: T) -> T:
+        """A size for the GPU, or the rehearsal's."""
+        return tiny if self.dry else full
+
+
+def on_gpu(minutes: float, wheels: Path | None) -> Setting:
+    """The GPU of this process; raises one sentence where the kernels cannot serve it."""
+    registry.resolve("triton", "cuda")
+    return Setting(torch.device("cuda", torch.cuda.current_device()), False, time.monotonic() + 60 * minutes, wheels)
+
+
+def rehearsal(minutes: float, wheels: Path | None) -> Setting:
+    """The CPU, with the Triton kernels in the place of the package's own."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the dry run interprets the kernels: set TRITON_INTERPRET=1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch notes that the operators had kernels for the CPU
+        library = registration.register("vqkernels", "CPU")
+    registry.resolve = lambda backend, device_type: "eager" if backend == "eager" else "triton"  # type: ignore
+    torch.set_num_threads(1)
+    return Setting(torch.device("cpu"), True, time.monotonic() + 60 * minutes, wheels, [library])
+
+
+def facts(setting: Setting) -> dict[str, Any]:
+    """What a reader needs to judge a figure."""
+    told: dict[str, Any] = {
+        "dry run": setting.dry,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "vqkernels": vqkernels.__version__,
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "changed files": _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"),
+        "kernels": kernels.source_hash(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "cpu cores": os.cpu_count(),
+    }
+    if setting.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(setting.device)
+        told |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory GB": round(properties.total_memory / 1e9, 1),
+            "driver, clocks": _output(
+                "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader"
+            ),
+            "verification key": gpu.key(gpu.Gpu(0, properties.name, (properties.major, properties.minor)))._asdict(),
+        }
+    return told
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints, or None where it is absent or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
