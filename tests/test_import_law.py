@@ -22,6 +22,10 @@ DRAWN = {
     "ops/snapshot": {"ops/registration"},
     "verification/attack": {"verification/adversaries"},
     "verification/suite": {"verification/adversaries", "verification/layouts"},
+    "bench/memory": {"bench/cases", "bench/layers", "bench/peers"},
+    "bench/run": {"bench/accuracy", "bench/cases", "bench/layers", "bench/memory", "bench/peers", "bench/timing"},
+    "bench/report": {"bench/cases", "bench/run"},
+    "bench/plot": {"bench/cases", "bench/report", "bench/run"},
     "nn/vector_quantizer": {"nn/ema", "nn/metrics"},
 }
 FREE = {"models", "training", "cli"}  # floors whose files may import one another, without a cycle

@@ -13,9 +13,10 @@ COMMANDS = {
     "demo": "train on scanned digits and measure the result, in a few minutes",
     "info": "show version, machine and backends",
     "verify": "prove the kernels on this machine's GPU, so that they are used",
+    "bench": "measure speed, memory and error beside every peer",
     "attack": "search for a wrong index in every backend",
 }
-CORE = frozenset({"info", "verify", "attack"})  # commands that need torch alone
+CORE = frozenset({"info", "verify", "attack", "bench"})  # commands that need torch alone
 EXTRA = frozenset({"PIL", "numpy", "safetensors", "sklearn", "tensorboard", "tomli", "tomli_w", "tqdm", "tyro"})
 
 

@@ -1,0 +1,83 @@
+"""Every contender computes what it is said to compute; one that is not installed skips by name."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vqkernels import reference
+from vqkernels.bench.cases import CODEBOOKS, Case, default_cases
+from vqkernels.bench.layers import TRAINING, OneHotQuantizer
+from vqkernels.bench.peers import SEARCH, too_large, unavailable
+from vqkernels.nn import VectorQuantizer
+
+
+def apart(rows: int = 300, size: int = 40, dim: int = 16):
+    """Rows so close to their codes that float32 cannot mistake them."""
+    codes = torch.randn(size, dim)
+    return codes[torch.randint(size, (rows,))] + 0.01 * torch.randn(rows, dim), codes
+
+
+def needs(one):
+    problem = unavailable(one.module, one.package)
+    if problem:
+        pytest.skip(f"{one.name}: {problem}")
+
+
+@pytest.mark.parametrize(
+    "peer",
+    [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.slow_start else []) for p in SEARCH],
+)
+def test_a_peer_finds_the_nearest_code(peer):
+    needs(peer)
+    z, codebook = apart()
+    answer = peer.prepare(z, codebook)()
+    if peer.name == "torch.mm alone":
+        torch.testing.assert_close(answer, z @ codebook.T)
+    else:
+        assert answer.dtype == torch.int64 and torch.equal(answer, reference.nearest(z, codebook))
+
+
+@pytest.mark.parametrize("layer", TRAINING, ids=lambda one: one.name)
+def test_a_layer_starts_from_the_codes_and_trains_them(layer):
+    needs(layer)
+    z, codebook = apart()
+    forward, parameters = layer.build(codebook.clone())
+    first = forward(z.clone().requires_grad_())
+    torch.testing.assert_close(first[0].detach(), codebook[reference.nearest(z, codebook)], rtol=1e-5, atol=1e-5)
+    assert parameters or "EMA" in layer.name
+    before = [p.detach().clone() for p in parameters]
+    again = dataclasses.replace(layer, build=lambda codes: (forward, parameters))
+    assert torch.equal(again.prepare(z, codebook)(), reference.nearest(z, codebook))
+    assert all(not torch.equal(p.detach(), b) for p, b in zip(parameters, before, strict=True))
+
+
+def test_the_one_hot_layer_is_ours_written_the_usual_way():
+    codebook, z = torch.randn(20, 8), torch.randn(2, 8, 5, 5)
+    mine = VectorQuantizer(8, 20, channel_dim=1)
+    mine.codebook.data.copy_(codebook)
+    usual = OneHotQuantizer(codebook.clone())
+    rows, incoming = [z.clone().requires_grad_() for _ in range(2)], torch.randn(z.shape)
+    results = [layer(x) for layer, x in zip((mine, usual), rows, strict=True)]
+    for quantized, _, loss in results:
+        torch.autograd.backward([quantized, loss], [incoming, None])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(rows[0].grad, rows[1].grad)
+    torch.testing.assert_close(mine.codebook.grad, usual.codebook.grad)
+
+
+def test_a_missing_peer_names_the_pip_command():
+    assert unavailable("torch", "") is None
+    assert unavailable("no_such_module", "no-such").endswith("pip install no-such")
+    assert too_large(1, 10, 10) is None and "GB" in too_large(6, 1 << 24, 1 << 24)
+
+
+def test_data_are_the_same_in_every_run_and_of_the_kind_named():
+    for kind in CODEBOOKS:
+        case = Case("search", 200, 16, 4, kind)
+        (z, codes), (z2, codes2) = case.data(), case.data()
+        assert torch.equal(z, z2) and torch.equal(codes, codes2)
+        assert z.shape == (200, 4) and codes.shape == (16, 4) and z.dtype == codes.dtype == torch.float32
+        assert kind in case.label or kind == "gaussian"
+    assert len(set(default_cases())) == len(default_cases())

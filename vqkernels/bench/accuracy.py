@@ -1,0 +1,46 @@
+"""Wrong indices against the contract, ours and theirs, before anything is timed.
+
+A random sample of rows is searched again by `vqkernels.reference`, and so is every other row on which two contenders
+disagree. A row is not looked at only where all of them gave the same answer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqkernels import reference
+
+_SCORES = 5e8  # multiplications of the contract that one case may cost: about two seconds
+_CHUNK = 1 << 22  # scores held at once
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """`wrong` rows of each contender, among `checked` rows; `disputed` of them were checked because two disagreed."""
+
+    wrong: dict[str, int]
+    checked: int
+    disputed: int
+
+
+def contract(z: Tensor, codebook: Tensor) -> Tensor:
+    """`reference.nearest` in pieces that fit in memory."""
+    return torch.cat([reference.nearest(part, codebook) for part in z.split(max(1, _CHUNK // len(codebook)))])
+
+
+def judge(z: Tensor, codebook: Tensor, answers: dict[str, Tensor]) -> Accuracy:
+    """Compare everyone's indices `(N,)` with the contract."""
+    affordable = int(max(64, min(len(z), _SCORES / codebook.numel())))
+    first, *others = answers.values()
+    disputed = torch.zeros(len(z), dtype=torch.bool)
+    for other in others:
+        disputed |= other != first
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randperm(len(z), generator=generator)[:affordable]
+    contested = disputed.nonzero()[:, 0]
+    contested = contested[torch.randperm(len(contested), generator=generator)[:affordable]]
+    rows = torch.cat([sample, contested]).unique()
+    truth = contract(z[rows], codebook)
+    wrong = {name: int((answer[rows] != truth).sum()) for name, answer in answers.items()}
+    return Accuracy(wrong, len(rows), len(contested))

@@ -1,0 +1,78 @@
+"""Peak memory of one call above its inputs, measured in a process of its own. Linux only.
+
+The kernel resets the peak resident set through /proc/self/clear_refs and gives it back as VmHWM. Each contender first
+runs on a few rows, which allocates what is allocated once (threads, autograd, imports); then its inputs and, where it
+has one, its prepared index are made, and only what the call needs above them counts, its result included.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from .cases import Case
+from .layers import TRAINING
+from .peers import SEARCH
+
+# Blocks beyond this size go back to the system when they are freed, so that no contender lives off another's leavings.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+_CLEAR = Path("/proc/self/clear_refs")
+
+Job = tuple[Case, str]
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) in MB."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1000
+
+
+def peak_above_inputs(case: Case, name: str) -> float:
+    """MB at the peak of one call of the contender `name`."""
+    contenders = {one.name: one for one in (SEARCH if case.kind == "search" else TRAINING)}
+    small = Case(case.kind, 64, min(case.codebook_size, 16), case.dim)
+    contenders[name].prepare(*small.data())()
+    call = contenders[name].prepare(*case.data())
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+    before = resident("VmRSS")
+    _CLEAR.write_text("5")
+    kept = call()
+    peak = resident("VmHWM") - before
+    del kept
+    return max(peak, 0.0)
+
+
+def measure(jobs: list[Job], threads: int) -> dict[Job, float]:
+    """MB by job, from one child process for all of them; a job that failed is missing. Empty where this cannot work."""
+    if not jobs or not os.access(_CLEAR, os.W_OK):
+        return {}
+    asked = json.dumps({"threads": threads, "jobs": [[vars(case), name] for case, name in jobs]})
+    done = subprocess.run(
+        [sys.executable, "-m", "vqkernels.bench.memory"],
+        input=asked,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)},
+        check=False,
+    )
+    found = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    return {jobs[number]: megabytes for number, megabytes in found}
+
+
+def _child() -> None:
+    asked = json.load(sys.stdin)
+    torch.set_num_threads(asked["threads"])
+    for number, (case, name) in enumerate(asked["jobs"]):
+        try:
+            print(json.dumps([number, peak_above_inputs(Case(**case), name)]), flush=True)
+        except Exception as error:  # one contender's failure is not another's
+            print(f"{name}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    _child()

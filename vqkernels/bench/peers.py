@@ -1,0 +1,133 @@
+"""The contenders of the search: what each computes, how it is called, and why it is unavailable where it is.
+
+`prepare(z, codebook)` does what a user does once per codebook (an index, half norms) and is not timed; the function it
+returns is. Everyone gets the same float32 rows and codes and gives int64 indices `(N,)`.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqkernels.nn import VectorQuantizer
+from vqkernels.ops.nearest import nearest_code
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A named contender of the search."""
+
+    name: str
+    computes: str
+    prepare: Callable[[Tensor, Tensor], Call]
+    module: str = "torch"
+    package: str = ""  # what pip calls it; empty where nothing has to be installed
+    ours: bool = False
+    searches: bool = True  # False: there for scale, and never the best peer
+    slow_start: bool = False  # left out of --quick
+    matrices: int = 0  # how many N x K float32 matrices it holds at its peak
+
+
+def unavailable(module: str, package: str) -> str | None:
+    """Why a contender cannot run here, with the command that mends it; None where it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken peer must not end the run of the others
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        return f"{reason}; pip install {package}" if package else reason
+    return None
+
+
+def too_large(matrices: int, rows: int, codebook_size: int) -> str | None:
+    """Why a contender that holds so many N x K matrices must not be started; None where it may."""
+    needed = 4.0 * matrices * rows * codebook_size
+    try:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.7
+    except (AttributeError, ValueError, OSError):
+        return None
+    return f"it would hold about {needed / 1e9:.0f} GB" if needed > free else None
+
+
+def _ours(z: Tensor, codebook: Tensor) -> Call:
+    return lambda: nearest_code(z, codebook)
+
+
+def _our_layer(z: Tensor, codebook: Tensor) -> Call:
+    layer = VectorQuantizer(codebook.shape[1], len(codebook)).eval()
+    layer.codebook.data.copy_(codebook)
+    return torch.no_grad()(lambda: layer(z)[1])
+
+
+def _addmm(z: Tensor, codebook: Tensor) -> Call:
+    half = codebook.square().sum(1) / 2
+    return lambda: torch.addmm(half, z, codebook.T, alpha=-1).argmin(1)
+
+
+def _cdist(z: Tensor, codebook: Tensor) -> Call:
+    return lambda: torch.cdist(z, codebook).argmin(1)
+
+
+def _addmm_argmin(half: Tensor, z: Tensor, codebook: Tensor) -> Tensor:
+    return torch.addmm(half, z, codebook.T, alpha=-1).argmin(1)
+
+
+def _compiled(z: Tensor, codebook: Tensor) -> Call:
+    half = codebook.square().sum(1) / 2
+    torch._dynamo.reset()  # each shape gets a graph of its own, which is the fastest it can be
+    function = torch.compile(_addmm_argmin, dynamic=False)
+    return lambda: function(half, z, codebook)
+
+
+def _mm(z: Tensor, codebook: Tensor) -> Call:
+    return lambda: torch.mm(z, codebook.T)
+
+
+def _faiss(z: Tensor, codebook: Tensor) -> Call:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(codebook.shape[1])
+    index.add(codebook.numpy())
+    rows = z.numpy()
+    return lambda: torch.from_numpy(index.search(rows, 1)[1][:, 0])
+
+
+def _sklearn(z: Tensor, codebook: Tensor) -> Call:
+    from sklearn.metrics import pairwise_distances_argmin
+
+    rows, codes = z.numpy(), codebook.numpy()
+    return lambda: torch.from_numpy(pairwise_distances_argmin(rows, codes))
+
+
+def _lucidrains(z: Tensor, codebook: Tensor) -> Call:
+    from vector_quantize_pytorch import VectorQuantize
+
+    layer = VectorQuantize(codebook.shape[1], len(codebook)).eval()
+    layer._codebook.embed.data.copy_(codebook[None])
+    rows = z[None]
+    return torch.no_grad()(lambda: layer(rows)[1][0])
+
+
+SEARCH: tuple[Peer, ...] = (
+    Peer("vqkernels", "exact index", _ours, ours=True),
+    Peer("vqkernels layer, eval", "exact index, look-up, loss", _our_layer, "vqkernels", ours=True, searches=False),
+    Peer("torch.addmm+argmin", "index; half norms beforehand", _addmm, matrices=1),
+    Peer("torch.compile of it", "index; half norms beforehand", _compiled, slow_start=True, matrices=1),
+    Peer("torch.cdist+argmin", "index", _cdist, matrices=1),
+    Peer("FAISS IndexFlatL2", "index and distance; index built beforehand", _faiss, "faiss", "faiss-cpu"),
+    Peer("scikit-learn argmin", "index", _sklearn, "sklearn.metrics", "scikit-learn"),
+    Peer(
+        "lucidrains, eval",
+        "index, look-up",
+        _lucidrains,
+        "vector_quantize_pytorch",
+        "vector-quantize-pytorch",
+        matrices=6,
+    ),
+    Peer("torch.mm alone", "the products, no index: for scale", _mm, searches=False, matrices=1),
+)

@@ -1,0 +1,85 @@
+"""`vqkernels bench`: speed, memory and error beside every peer that is installed. Needs torch alone."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vqkernels.bench import cases, machine, plot, report
+from vqkernels.bench.run import Effort, WrongIndex
+from vqkernels.bench.run import run as run_cases
+
+_CPU = "cpu"  # the kind of machine that the cases run on; names the files
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure and report; returns 1 when one of our own indices was wrong, which ends the run."""
+    parser = argparse.ArgumentParser(
+        prog="vqkernels bench",
+        description="Measure the kernels beside their peers on this machine's CPU. A peer that is not installed is "
+        "named and left out: pip install 'vqkernels[bench]' brings them.",
+    )
+    parser.add_argument("--out", type=Path, help=f"folder for {_CPU}.md, {_CPU}.csv and {_CPU}.png")
+    parser.add_argument("--quick", action="store_true", help="small cases, two rounds: whether it runs, not how fast")
+    parser.add_argument("--only", choices=list(report.TITLES), help="one kind of case")
+    parser.add_argument("--minutes", type=float, default=9.0, help="aim to end within; large cases keep five rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
+    options = parser.parse_args(arguments)
+    if options.threads < 1 or options.minutes <= 0:
+        parser.error("--threads and --minutes must be positive")
+    _limit_threads(options.threads)
+    effort = Effort(options.threads, options.minutes)
+    chosen = cases.default_cases()
+    if options.quick:
+        effort, chosen = Effort(options.threads, 0.1, least=2, most=2, quick=True), cases.quick_cases()
+    chosen = [case for case in chosen if options.only in (None, case.kind)]
+    facts = machine.facts(options.threads)
+    results: list[report.Result] = []
+    try:
+        for number, results in enumerate(run_cases(chosen, effort, _model), 1):
+            if number <= len(chosen):
+                mine, peer = report.ours(results), report.best_peer(results)
+                quotient = report.ratio(peer, mine)
+                told = f"{quotient:.2f}x the speed of {peer.contender}" if peer and quotient else "no peer to compare"
+                print(f"[{number}/{len(chosen)}] {results[0].case.kind} {results[0].case.label}: {told}", flush=True)
+    except WrongIndex as error:
+        print(f"vqkernels bench: {error}", file=sys.stderr)
+        return 1
+    told = report.text(results, facts)
+    print(f"\n{told}")
+    if options.out is not None:
+        _write(options.out, told, results, facts)
+    return 0
+
+
+def _limit_threads(threads: int) -> None:
+    """Equal threads for everyone: torch's own, and the OpenMP and BLAS pools of the others where they can be told."""
+    torch.set_num_threads(threads)
+    try:
+        import sklearn.metrics  # noqa: F401  loads the pools that are limited below
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return
+    threadpool_limits(threads)
+
+
+def _model(codebook_size: int) -> torch.nn.Module:
+    from vqkernels.models import VQVAE
+
+    torch.manual_seed(0)
+    return VQVAE(3, hidden_channels=cases.HIDDEN, code_dim=cases.CODE_DIM, codebook_size=codebook_size)
+
+
+def _write(folder: Path, told: str, results: list[report.Result], facts: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{_CPU}.md").write_text(told)
+    report.write_csv(folder / f"{_CPU}.csv", results, facts)
+    written = ["md", "csv"]
+    try:
+        plot.draw(folder / f"{_CPU}.png", results, facts)
+        written.append("png")
+    except ModuleNotFoundError as error:
+        print(f"vqkernels bench: no plot without {error.name}: pip install 'vqkernels[bench]'", file=sys.stderr)
+    print(f"wrote {', '.join(str(folder / f'{_CPU}.{kind}') for kind in written)}")
