@@ -75,13 +75,21 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
   const Tensor indices = torch::stable::contiguous(indices_in);
   const Layout layout = layout_of(z, channel_dim, batched), in_layout = layout_of(incoming, channel_dim, batched);
   check_search(layout, codebook, std::nullopt);
+  STD_TORCH_CHECK(incoming.scalar_type() == z.scalar_type() && incoming.numel() == z.numel() &&
+                      in_layout.channels == layout.channels && in_layout.heads == layout.heads,
+                  "grad_quantized must have z's dtype and shape");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.numel() == layout.heads * layout.rows(),
+                  "indices must be int64 with one element per row");
   const auto scalar = [](const Tensor& x) {
     return dtype_of(x) == DType::f64 ? *static_cast<const double*>(x.const_data_ptr())
                                      : double(*static_cast<const float*>(x.const_data_ptr()));
   };
   const int64_t rows = layout.rows(), size = codebook.size(codebook.dim() - 2);
   const int64_t* indices_data = static_cast<const int64_t*>(indices.const_data_ptr());
-  const int64_t all = rows * layout.heads, unmasked = all - std::count(indices_data, indices_data + all, int64_t(-1));
+  const int64_t all = rows * layout.heads;
+  STD_TORCH_CHECK(std::all_of(indices_data, indices_data + all, [size](int64_t k) { return k >= -1 && k < size; }),
+                  "indices hold a code out of range");
+  const int64_t unmasked = all - std::count(indices_data, indices_data + all, int64_t(-1));
   const double mean = 2.0 / (double(std::max<int64_t>(unmasked, 1)) * double(layout.channels));
   const double commitment = scalar(grad_commitment_loss) * mean, loss = scalar(grad_codebook_loss) * mean;
 

@@ -12,12 +12,14 @@
 //     err_ij = c (h_j + |a_i| |b_j|) + eta_i,   c = 1.02 gamma_{D+16},   eta_i = (D+16) (2^-123 (1 + |a_i|) + c 2^-62).
 // Of the D + 16, D + 3 are the accumulation, 2 the operands, 1 is fl(h_j), the rest and the factor 1.02 (gamma < 0.01 is
 // required) cover the roundings of the bound's own terms and of the measured |a_i|; eta covers underflow, also in |a_i|.
+// For dot and cosine they also cover the contract's own float64 roundings, which are 2^-29 of these.
 // The bound is folded into the pack: bias_j = h_j (1 - c), slope_j = -c |b_j|, so the kernel computes
 //     L_ij = bias_j + slope_j |a_i| - a'.b'_j <= t_ij + eta_i
 // at the price of one multiply-add per score, and every code carries its own error: one huge code spoils only itself.
 //
 // Certificate. Let 1 be the slot with the smallest L. Then t_1 <= L_1 + 2 err_1, and any code j that wins under the
-// contract has t_j <= t_1 + g (|a| + |b_1|)^2, where g = (D + 8) 2^-52 covers the roundings of the float64 contract.
+// contract has t_j <= t_1 + g (|a| + |b_1|)^2, where g = (D + 8) 2^-52 covers the roundings of the float64 contract, which
+// for the euclidean metric are relative to the squared distance (g = 0 for the others: see above).
 // So every winner, and every tie of it, lies in {j : L_j <= T},  T = L_1 + 2 err_1 + g (|a| + |b_1|)^2 + eta.
 // If the second smallest L is above T, slot 1 is the answer; otherwise the codes with L_j <= T are scored under the
 // contract, in ascending order, with a strict comparison: the lowest index wins a tie.

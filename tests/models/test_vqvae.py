@@ -127,3 +127,10 @@ def test_compiles_into_one_graph_with_dynamic_sizes(training):
         if training:
             found_losses.total.backward()
             assert model.encoder[0].weight.grad.any()
+
+
+def test_an_empty_batch_has_zero_losses():
+    model = small(ema_decay=None)
+    reconstruction, indices, losses = model(torch.zeros(0, 3, 8, 8))
+    losses.total.backward()
+    assert losses == (0, 0, 0) and len(reconstruction) == len(indices) == 0

@@ -281,3 +281,13 @@ def test_one_dimensional_row(backend):
     codebook = torch.randn(5, 3)
     quantized, index, _, _ = vq.vector_quantize(codebook[4].clone(), codebook, backend=backend)
     assert index.shape == () and index == 4 and quantized.equal(codebook[4])
+
+
+def test_the_raw_backward_refuses_what_would_read_outside(cpu_kernels):
+    z, codebook = torch.randn(4, 3), torch.randn(5, 3)
+    backward = torch.ops.vqkernels.quantize_backward.default
+    one = torch.ones(())
+    with pytest.raises(RuntimeError, match="indices hold a code out of range"):
+        backward(z, one, one, z, codebook, torch.tensor([0, 1, 5, 2]), 1, True)
+    with pytest.raises(RuntimeError, match="grad_quantized must have z's dtype and shape"):
+        backward(z[:2], one, one, z, codebook, torch.zeros(4, dtype=torch.int64), 1, True)

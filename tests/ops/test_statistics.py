@@ -56,3 +56,5 @@ def test_bad_arguments_are_one_clear_sentence():
         vq.codebook_statistics(torch.randn(3, 2), torch.zeros(3, dtype=torch.int64), 0)
     with pytest.raises(ValueError, match="indices must be int64 of z's shape without channels, .3."):
         vq.codebook_statistics(torch.randn(3, 2), torch.zeros(4, dtype=torch.int64), 5)
+    with pytest.raises(ValueError, match="channel_dim must be in .-2, 1. for z of 2 axes, got 7"):
+        vq.codebook_statistics(torch.randn(3, 2), torch.zeros(3, dtype=torch.int64), 5, channel_dim=7)

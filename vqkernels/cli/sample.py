@@ -73,6 +73,8 @@ def _check(arguments: SampleArguments) -> None:
         raise UserError(f"--top-p must be in (0, 1], but is {arguments.top_p}")
     if arguments.out.suffix.lower() != ".png":
         raise UserError(f"--out must be a .png file, but is {arguments.out}")
+    if arguments.out.is_dir():
+        raise UserError(f"--out must be a .png file, but {arguments.out} is a folder")
     if not arguments.out.parent.is_dir():
         raise UserError(f"the folder {arguments.out.parent} for --out does not exist")
 

@@ -117,7 +117,7 @@ class VQVAE(nn.Module):
         """
         quantized, indices, quantization = self.quantizer(self._encode(x))
         reconstruction = self._crop(self.decoder(quantized), x.shape[-2], x.shape[-1])
-        error = F.mse_loss(reconstruction, x)
+        error = F.mse_loss(reconstruction, x, reduction="sum") / max(x.numel(), 1)  # 0 for an empty batch
         return reconstruction, indices, VQVAELosses(error + quantization, error, quantization)
 
     @torch.no_grad()

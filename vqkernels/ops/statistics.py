@@ -56,6 +56,10 @@ def codebook_statistics(
         raise ValueError(f"codebook_size must be a positive int, got {codebook_size!r}")
     if not isinstance(z, Tensor) or z.dim() < 1:
         raise TypeError("z must be a tensor of at least one dimension")
+    if not -z.dim() <= channel_dim < z.dim():
+        raise ValueError(
+            f"channel_dim must be in [-{z.dim()}, {z.dim() - 1}] for z of {z.dim()} axes, got {channel_dim}"
+        )
     one_code = z.new_empty((1, z.shape[channel_dim]))
     channel_dim = check_rows(z, one_code.expand(z.shape[0], -1, -1) if batched else one_code, channel_dim)
     check_mask(mask, z, channel_dim)

@@ -39,6 +39,9 @@ TYPES = (
     (torch.float64, torch.float64),
     (torch.bfloat16, torch.float32),
 )
+SINGLE = (torch.float32, torch.float32)
+# every dtype at the common size, and more channels than one tile holds
+PASSES = (*((types, 0) for types in (SINGLE, *TYPES)), (SINGLE, 4))
 
 
 class Place(NamedTuple):
@@ -123,7 +126,6 @@ def layouts_and_masks(place: Place) -> Iterator[Case]:
                 expected = reference.nearest(rows, codebook, mask=kept)
                 out = flat(quantized, channel_dim, codebook.dim() == 3)
                 values, error = _looked_up(rows, codebook, expected)
-                # reference.nearest gives a row index 0 only where it is not masked; a masked loss is finite
                 same = flat_rows(indices, codebook.dim() == 3).equal(expected) and out.equal(values.to(z.dtype))
                 return same and _close(loss, error / max(1, int((expected >= 0).sum()) * rows.shape[-1]), 1e-6)
 
@@ -131,17 +133,17 @@ def layouts_and_masks(place: Place) -> Iterator[Case]:
 
 
 def values_and_loss(place: Place) -> Iterator[Case]:
-    for types in ((torch.float32, torch.float32), *TYPES):
+    for types, which in PASSES:
         for name in ("gaussian", "clustered", "offset 1e4", "subnormal", "non-finite rows", "non-finite codes"):
 
-            def case(name=name, types=types) -> bool:
-                z, codebook = (x.to(place.device, t) for x, t in zip(_pair(place, name), types, strict=True))
+            def case(name=name, types=types, which=which) -> bool:
+                z, codebook = (x.to(place.device, t) for x, t in zip(_pair(place, name, which), types, strict=True))
                 quantized, indices, loss, commitment = vector_quantize(z, codebook, backend=place.backend)
                 values, error = _looked_up(z, codebook, indices)
                 exact = quantized.equal(values.to(z.dtype)) and loss.nan_to_num(7).equal(commitment.nan_to_num(7))
                 return exact and _close(loss, error / z.numel(), 1e-6)
 
-            yield f"{name}, {types[0]}/{types[1]}", case
+            yield f"{name}, {types[0]}/{types[1]}, {place.sizes[which]}", case
 
 
 def _looked_up(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,11 +159,11 @@ def _looked_up(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Te
 
 
 def sums_and_counts(place: Place) -> Iterator[Case]:
-    for types in ((torch.float32, torch.float32), *TYPES[:3]):
+    for types, which in PASSES:
         for name in ("gaussian", "clustered", "collapsed", "non-finite rows"):
 
-            def case(name=name, types=types) -> bool:
-                z, codebook = (x.to(place.device, t) for x, t in zip(_pair(place, name), types, strict=True))
+            def case(name=name, types=types, which=which) -> bool:
+                z, codebook = (x.to(place.device, t) for x, t in zip(_pair(place, name, which), types, strict=True))
                 found = quantize_with_statistics(z, codebook, backend=place.backend)
                 counts, sums = codebook_statistics(z, found.indices, len(codebook), backend=place.backend)
                 expected_counts, expected_sums = reference.statistics(z, found.indices, len(codebook))
@@ -173,7 +175,7 @@ def sums_and_counts(place: Place) -> Iterator[Case]:
                     and _close(sums, expected_sums, scale)
                 )
 
-            yield f"{name}, {types[0]}", case
+            yield f"{name}, {types[0]}/{types[1]}, {place.sizes[which]}", case
 
 
 def repeated_bits(place: Place) -> Iterator[Case]:
@@ -198,29 +200,29 @@ def _everything(place: Place, z: Tensor, codebook: Tensor) -> list[Tensor]:
 def gradients(place: Place) -> Iterator[Case]:
     """Against autograd through the reference, in float64, on the stored values; each incoming gradient alone too."""
     tolerances = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-    for dtype, tolerance in tolerances.items():
-        for alone in (None, 0, 1, 2) if dtype == torch.float64 else (None,):
+    passes = [(dtype, None, 0) for dtype in tolerances] + [(torch.float64, i, 0) for i in range(3)]
+    for dtype, alone, which in [*passes, (torch.float32, None, 4)]:
 
-            def case(dtype=dtype, tolerance=tolerance, alone=alone) -> bool:
-                z, codebook = (x.to(place.device, dtype) for x in _pair(place, "gaussian"))
-                z, codebook = z[:400].clone(), codebook[:300].clone()
-                mask = torch.rand(len(z), device=place.device) < 0.8
-                weights = [torch.randn_like(z), *torch.randn(2, device=place.device, dtype=torch.float64).unbind()]
-                weights = [w if alone in (None, i) else torch.zeros_like(w) for i, w in enumerate(weights)]
+        def case(dtype=dtype, tolerance=tolerances[dtype], alone=alone, which=which) -> bool:
+            z, codebook = (x.to(place.device, dtype) for x in _pair(place, "gaussian", which))
+            z, codebook = z[:400].clone(), codebook[:300].clone()
+            mask = torch.rand(len(z), device=place.device) < 0.8
+            weights = [torch.randn_like(z), *torch.randn(2, device=place.device, dtype=torch.float64).unbind()]
+            weights = [w if alone in (None, i) else torch.zeros_like(w) for i, w in enumerate(weights)]
 
-                def grads(compute: Callable[[Tensor, Tensor], tuple], cast: torch.dtype) -> tuple[Tensor, ...]:
-                    inputs = z.to(cast).requires_grad_(), codebook.to(cast).requires_grad_()
-                    quantized, _, codebook_loss, commitment = compute(*inputs)
-                    total = (quantized * weights[0].to(cast)).sum()
-                    return torch.autograd.grad(
-                        total + codebook_loss * weights[1] + commitment * weights[2], inputs, materialize_grads=True
-                    )
+            def grads(compute: Callable[[Tensor, Tensor], tuple], cast: torch.dtype) -> tuple[Tensor, ...]:
+                inputs = z.to(cast).requires_grad_(), codebook.to(cast).requires_grad_()
+                quantized, _, codebook_loss, commitment = compute(*inputs)
+                total = (quantized * weights[0].to(cast)).sum()
+                return torch.autograd.grad(
+                    total + codebook_loss * weights[1] + commitment * weights[2], inputs, materialize_grads=True
+                )
 
-                found = grads(lambda x, e: vector_quantize(x, e, mask=mask, backend=place.backend), dtype)
-                expected = grads(lambda x, e: reference.vector_quantize(x, e, mask=mask), torch.float64)
-                return all(_close(x, y, tolerance) for x, y in zip(found, expected, strict=True))
+            found = grads(lambda x, e: vector_quantize(x, e, mask=mask, backend=place.backend), dtype)
+            expected = grads(lambda x, e: reference.vector_quantize(x, e, mask=mask), torch.float64)
+            return all(_close(x, y, tolerance) for x, y in zip(found, expected, strict=True))
 
-            yield f"{dtype}, incoming {'all' if alone is None else alone}", case
+        yield f"{dtype}, incoming {'all' if alone is None else alone}, {place.sizes[which]}", case
 
 
 def poisoned_rows_stay_alone(place: Place) -> Iterator[Case]:
@@ -233,8 +235,8 @@ def poisoned_rows_stay_alone(place: Place) -> Iterator[Case]:
     yield "non-finite rows", case
 
 
-def _pair(place: Place, name: str) -> tuple[Tensor, Tensor]:
-    return ADVERSARIES[name](*place.sizes[0])
+def _pair(place: Place, name: str, which: int = 0) -> tuple[Tensor, Tensor]:
+    return ADVERSARIES[name](*place.sizes[which])
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
