@@ -17,8 +17,15 @@ from setuptools.command.build_py import build_py
 
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the oldest torch that the built library serves
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-LEVEL_FLAGS = {"_avx2.cpp": ["-march=x86-64-v3"], "_avx512.cpp": ["-march=x86-64-v4"],
-               "_vnni.cpp": ["-march=x86-64-v4", "-mavx512vnni"]} if X86 else {}
+LEVEL_FLAGS = (
+    {
+        "_avx2.cpp": ["-march=x86-64-v3"],
+        "_avx512.cpp": ["-march=x86-64-v4"],
+        "_vnni.cpp": ["-march=x86-64-v4", "-mavx512vnni"],
+    }
+    if X86
+    else {}
+)
 # gcc 12's own AVX-512 headers warn about registers that are undefined on purpose.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-uninitialized",
          "-Wno-maybe-uninitialized", "-Wno-attributes"]  # fmt: skip
