@@ -22,6 +22,8 @@ DRAWN = {
     "ops/snapshot": {"ops/registration"},
     "verification/attack": {"verification/adversaries"},
     "verification/suite": {"verification/adversaries", "verification/layouts"},
+    "bench/quantizers": {"bench/layers"},
+    "bench/model": {"bench/quantizers", "bench/subject", "bench/timing"},
     "bench/memory": {"bench/cases", "bench/layers", "bench/peers"},
     "bench/run": {"bench/accuracy", "bench/cases", "bench/layers", "bench/memory", "bench/peers", "bench/timing"},
     "bench/report": {"bench/cases", "bench/run"},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqkernels.nn import VectorQuantizer
+from vqkernels.nn.ema import ema_update_
 
 # One step on rows (N, D); returns the indices (N,) of its forward.
 Step = Callable[[], Tensor]
@@ -55,25 +56,43 @@ class Layer:
 class OneHotQuantizer(nn.Module):
     """The layer of countless tutorials: all distances, a one-hot matrix, and its product with the codebook.
 
-    Takes and gives what `vqkernels.nn.VectorQuantizer(dim, codebook_size, channel_dim=1)` does.
+    Takes and gives what `vqkernels.nn.VectorQuantizer` of the same `beta`, `channel_dim` and `ema_decay` does. With
+    moving averages the one-hot matrix is multiplied once more, for the sums of the rows of each code.
     """
 
-    def __init__(self, codebook: Tensor, beta: float = 0.25) -> None:
+    codebook: Tensor
+    ema_counts: Tensor
+    ema_sums: Tensor
+
+    def __init__(
+        self, codebook: Tensor, beta: float = 0.25, *, channel_dim: int = 1, ema_decay: float | None = None
+    ) -> None:
         super().__init__()
-        self.codebook = nn.Parameter(codebook)
-        self.beta = beta
+        self.beta, self.channel_dim, self.ema_decay = beta, channel_dim, ema_decay
+        if ema_decay is None:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("ema_counts", torch.ones(len(codebook)))
+            self.register_buffer("ema_sums", codebook.clone())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        channels_last = z.movedim(1, -1).contiguous()
+        channels_last = z.movedim(self.channel_dim, -1).contiguous()
         rows = channels_last.view(-1, self.codebook.shape[1])
         squares = rows.square().sum(1, keepdim=True) + self.codebook.square().sum(1)
         distances = squares - 2 * rows @ self.codebook.T
         indices = distances.argmin(1)
         one_hot = torch.zeros_like(distances).scatter_(1, indices[:, None], 1)
         codes = (one_hot @ self.codebook).view(channels_last.shape)
-        loss = F.mse_loss(codes, channels_last.detach()) + self.beta * F.mse_loss(channels_last, codes.detach())
+        loss = self.beta * F.mse_loss(channels_last, codes.detach())
+        if self.ema_decay is None:
+            loss = loss + F.mse_loss(codes, channels_last.detach())
+        elif self.training:
+            with torch.no_grad():
+                counts, sums = one_hot.sum(0), one_hot.T @ rows
+                ema_update_(self.codebook, self.ema_counts, self.ema_sums, counts, sums, self.ema_decay)
         quantized = channels_last + (codes - channels_last).detach()
-        return quantized.movedim(-1, 1), indices.view(channels_last.shape[:-1]), loss
+        return quantized.movedim(-1, self.channel_dim), indices.view(channels_last.shape[:-1]), loss
 
 
 def _ours(ema_decay: float | None) -> Callable[[Tensor], tuple[Forward, list[Tensor]]]:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import torch
 
-from vqkernels.bench import cases, machine, plot, report
+from vqkernels.bench import cases, machine, model, plot, report, subject
 from vqkernels.bench.run import Effort, WrongIndex
 from vqkernels.bench.run import run as run_cases
 
+_DESCRIPTION = """
+Measure the kernels beside their peers on this machine's CPU. A peer that is not installed is named and left out:
+pip install 'vqkernels[bench]' brings them. With --model, predict and measure the gain of your own model instead.
+"""
 _CPU = "cpu"  # the kind of machine that the cases run on; names the files
 
 
@@ -18,9 +22,11 @@ def run(arguments: Sequence[str]) -> int:
     """Measure and report; returns 1 when one of our own indices was wrong, which ends the run."""
     parser = argparse.ArgumentParser(
         prog="vqkernels bench",
-        description="Measure the kernels beside their peers on this machine's CPU. A peer that is not installed is "
-        "named and left out: pip install 'vqkernels[bench]' brings them.",
+        description=_DESCRIPTION,
+        epilog=subject.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="measure this model; see below")
     parser.add_argument("--out", type=Path, help=f"folder for {_CPU}.md, {_CPU}.csv and {_CPU}.png")
     parser.add_argument("--quick", action="store_true", help="small cases, two rounds: whether it runs, not how fast")
     parser.add_argument("--only", choices=list(report.TITLES), help="one kind of case")
@@ -30,6 +36,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.threads < 1 or options.minutes <= 0:
         parser.error("--threads and --minutes must be positive")
     _limit_threads(options.threads)
+    if options.model is not None:
+        return _measure_model(options.model, options.threads, min(60 * options.minutes, 60.0), options.quick)
     effort = Effort(options.threads, options.minutes)
     chosen = cases.default_cases()
     if options.quick:
@@ -51,6 +59,22 @@ def run(arguments: Sequence[str]) -> int:
     print(f"\n{told}")
     if options.out is not None:
         _write(options.out, told, results, facts)
+    return 0
+
+
+def _measure_model(spec: str, threads: int, seconds: float, quick: bool) -> int:
+    """Predict, then measure; returns 2, after one sentence, where the model cannot be measured."""
+    least, most = (2, 2) if quick else (5, 25)
+    try:
+        pair = model.Pair(subject.load(spec))
+        print("\n".join(pair.shapes()), flush=True)
+        prediction = model.predict(pair, threads, 0.4 * seconds, least, most)
+        measurement = model.measure(pair, threads, 0.6 * seconds, least, most)
+    except subject.ModelError as error:
+        print(f"vqkernels bench: {error}", file=sys.stderr)
+        return 2
+    print(f"step = forward, loss, backward, Adam; {threads} threads; milliseconds are medians [quartiles]")
+    print(model.report(pair, prediction, measurement))
     return 0
 
 
