@@ -28,7 +28,27 @@ DRAWN = {
     "bench/run": {"bench/accuracy", "bench/cases", "bench/layers", "bench/memory", "bench/peers", "bench/timing"},
     "bench/report": {"bench/cases", "bench/run"},
     "bench/plot": {"bench/cases", "bench/report", "bench/run"},
-    "nn/vector_quantizer": {"nn/ema", "nn/metrics"},
+    "nn/draws": {"nn/heads"},
+    "nn/revival": {"nn/draws", "nn/heads", "nn/synchronisation"},
+    "nn/codebook": {
+        "nn/draws",
+        "nn/ema",
+        "nn/heads",
+        "nn/loading",
+        "nn/metrics",
+        "nn/normalisation",
+        "nn/revival",
+        "nn/synchronisation",
+    },
+    "nn/vector_quantizer": {
+        "nn/checks",
+        "nn/codebook",
+        "nn/heads",
+        "nn/keep",
+        "nn/masks",
+        "nn/normalisation",
+        "nn/projection",
+    },
 }
 FREE = {"models", "training", "cli"}  # floors whose files may import one another, without a cycle
 

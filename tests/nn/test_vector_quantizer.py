@@ -97,6 +97,10 @@ def test_decode_inverts_and_checks():
             layer.decode(torch.tensor([0, bad]))
     with pytest.raises(TypeError, match="indices must be int64 or int32, got torch.float32"):
         layer.decode(torch.zeros(3))
+    with pytest.raises(TypeError, match="indices must be an int64 or int32 tensor, got list"):
+        layer.decode([1, 2])
+    with pytest.raises(ValueError, match="indices must have 3 heads on the last axis, got .5, 2."):
+        VectorQuantizer(6, 12, heads=3).decode(torch.zeros(5, 2, dtype=torch.int64))
 
 
 def test_perplexity_usage_and_dead_codes():
@@ -181,8 +185,22 @@ def test_extra_repr_names_what_is_not_default():
         (dict(dim=0), "dim must be a positive int, got 0"),
         (dict(codebook_size=2.5), "codebook_size must be a positive int, got 2.5"),
         (dict(ema_decay=1.0), "ema_decay must be None or in .0, 1., got 1.0"),
-        (dict(beta=-1.0), "beta must not be negative, got -1.0"),
+        (dict(ema_decay="x"), "ema_decay must be None or in .0, 1., got 'x'"),
+        (dict(beta=-1.0), "beta must be a finite number, at least 0, got -1.0"),
+        (dict(beta=float("nan")), "beta must be a finite number, at least 0, got nan"),
+        (dict(beta="a"), "beta must be a finite number, at least 0, got 'a'"),
+        (dict(dim=True), "dim must be a positive int, got True"),
+        (dict(channel_dim=None), "channel_dim must be an int, got None"),
         (dict(metric="l1"), "metric must be one of 'euclidean', 'dot', 'cosine', got 'l1'"),
+        (dict(metric=["dot"]), "metric must be one of 'euclidean', 'dot', 'cosine', got .'dot'."),
+        (dict(heads=3), "dim must be a multiple of heads=3 where codebook_dim is None, got 4"),
+        (dict(codebook_dim=0), "codebook_dim must be a positive int, got 0"),
+        (dict(separate_codebooks=1), "separate_codebooks must be True or False, got 1"),
+        (dict(ema_update="late"), "ema_update must be one of 'forward', 'manual', got 'late'"),
+        (dict(ema_update="manual"), 'ema_update="manual" needs ema_decay'),
+        (dict(revive="on"), "revive must be one of 'off', 'rows', got 'on'"),
+        (dict(revive_threshold=1), "revive_threshold must be a positive number below 1, got 1"),
+        (dict(seed=0.5), "seed must be an int, got 0.5"),
     ],
 )
 def test_bad_arguments_are_one_clear_sentence(arguments, message):
@@ -193,3 +211,7 @@ def test_bad_arguments_are_one_clear_sentence(arguments, message):
 def test_wrong_channels_are_one_clear_sentence():
     with pytest.raises(ValueError, match="z must have 4 channels at channel_dim=-1, got .3, 5."):
         VectorQuantizer(4, 8)(torch.randn(3, 5))
+    with pytest.raises(TypeError, match="z must be a tensor, got list"):
+        VectorQuantizer(4, 8)([[0.0] * 4])
+    with pytest.raises(TypeError, match="z must be float32, bfloat16, float16 or float64, got torch.int64"):
+        VectorQuantizer(4, 8)(torch.zeros(3, 4, dtype=torch.int64))

@@ -16,7 +16,7 @@ from torch import Tensor
 def ema_update_(
     codebook: Tensor, ema_counts: Tensor, ema_sums: Tensor, counts: Tensor, sums: Tensor, decay: float
 ) -> None:
-    """Updates `codebook (K, D)`, `ema_counts (K,)` and `ema_sums (K, D)` in place from one step's statistics."""
+    """Updates `codebook (..., K, D)`, `ema_counts (..., K)`, `ema_sums (..., K, D)` in place from one step."""
     ema_counts.lerp_(counts.to(ema_counts.dtype), 1 - decay)
     ema_sums.lerp_(sums.to(ema_sums.dtype), 1 - decay)
     used = (counts > 0).unsqueeze(-1)

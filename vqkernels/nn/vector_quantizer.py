@@ -6,165 +6,229 @@ from torch import Tensor, nn
 from ..backends import registry
 from ..ops.checks import METRICS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
-from ..ops.snapshot import snapshot
-from . import metrics
-from .ema import ema_update_
+from .checks import (
+    check_channels,
+    check_decay,
+    check_flag,
+    check_indices,
+    check_int,
+    check_number,
+    check_positive,
+    check_size,
+)
+from .codebook import TrainedCodebook
+from .heads import Heads, Rows
+from .keep import keep
+from .masks import row_mask, zero_masked
+from .normalisation import unit
+from .projection import project
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(TrainedCodebook):
     """Vector quantization (van den Oord et al. 2017, "Neural Discrete Representation Learning").
 
     Args:
-        dim: D, channels of z and of the codes.
+        dim: channels of z.
         codebook_size: K.
+        codebook_dim: D, channels of the codes of one head; `dim / heads` when None. Where `heads * codebook_dim` is not
+            `dim`, linear maps `project_in` and `project_out` lead into the space of the codes and back.
+        heads: H, into how many equal parts the channels are split, each quantized on its own.
+        separate_codebooks: one codebook `(H, K, D)` per head instead of one `(K, D)` for all; nothing with one head.
         beta: weight of the commitment loss.
         ema_decay: None trains the codebook by the paper's codebook loss; a float in [0, 1) trains it by exponential
-            moving averages of the rows of each code (see `vqkernels.nn.ema`), during every training forward.
-        metric, precision, backend: as in `vqkernels.nearest_code`.
-        channel_dim: the axis of z that holds the D channels; 1 for images `(B, D, H, W)`.
+            moving averages of the rows of each code (see `vqkernels.nn.ema`).
+        ema_update: "forward" updates the averages in every training forward; "manual" collects statistics until
+            `update_codebook()` is called, once per optimizer step, for gradient accumulation.
+        metric: "euclidean" or "dot", as in `vqkernels.nearest_code`; or "cosine": rows and codes are scaled to length
+            one in float32, and search, result and losses are those of the scaled vectors.
+        revive: "off", or "rows": a code that is hardly used becomes a row of the batch (see `vqkernels.nn.revival`).
+        revive_threshold: how much of the mean usage of all codes a code needs to live, in (0, 1).
+        seed: of every draw of the layer; equal on all ranks.
+        channel_dim: the axis of z that holds the channels; 1 for images `(B, C, H, W)`.
+        precision, backend: as in `vqkernels.nearest_code`.
 
-    State: `codebook (K, D)` float32, a Parameter when trained by gradient and otherwise a buffer; `counts (K,)` int64
-    of the last training step; with EMA `ema_counts (K,)`, `ema_sums (K, D)` float32 and `ema_steps ()` int64. Codes
-    start uniform in [-1/K, 1/K]. Floating buffers are never narrower than float32, whatever the module is cast to.
+    State: see `vqkernels.nn.codebook.TrainedCodebook`, and `project_in`, `project_out` where there are projections.
+    Floating buffers are never narrower than float32, whatever the module is cast to. With a process group (asked for in
+    every forward) the statistics of all ranks are summed, so every rank must call the layer equally often; a rank
+    without rows calls it with an empty z.
     """
-
-    codebook: Tensor
-    counts: Tensor
-    ema_counts: Tensor
-    ema_sums: Tensor
-    ema_steps: Tensor
 
     def __init__(
         self,
         dim: int,
         codebook_size: int,
         *,
+        codebook_dim: int | None = None,
+        heads: int = 1,
+        separate_codebooks: bool = False,
         beta: float = 0.25,
         ema_decay: float | None = None,
+        ema_update: str = "forward",
         metric: str = "euclidean",
+        revive: str = "off",
+        revive_threshold: float = 0.1,
+        seed: int = 0,
         channel_dim: int = -1,
         precision: str = "exact",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        for name, value in (("dim", dim), ("codebook_size", codebook_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be None or in [0, 1), got {ema_decay!r}")
-        if beta < 0:
-            raise ValueError(f"beta must not be negative, got {beta!r}")
+        for name, size in (("dim", dim), ("codebook_size", codebook_size), ("heads", heads)):
+            check_size(name, size)
+        if codebook_dim is None:
+            if dim % heads:
+                raise ValueError(f"dim must be a multiple of heads={heads} where codebook_dim is None, got {dim}")
+            codebook_dim = dim // heads
+        check_size("codebook_dim", codebook_dim)
+        check_decay("ema_decay", ema_decay)
+        check_number("beta", beta, 0)
+        check_positive("revive_threshold", revive_threshold, below=1)
+        check_flag("separate_codebooks", separate_codebooks)
+        check_int("channel_dim", channel_dim)
+        check_int("seed", seed)
+        check_choice("ema_update", ema_update, ("forward", "manual"))
         check_choice("metric", metric, METRICS)
+        check_choice("revive", revive, ("off", "rows"))
         check_choice("precision", precision, PRECISIONS)
         check_choice("backend", backend, registry.NAMES)
-        self.dim, self.codebook_size, self.beta, self.ema_decay = dim, codebook_size, beta, ema_decay
-        self.metric, self.channel_dim, self.precision, self.backend = metric, channel_dim, precision, backend
+        if ema_update == "manual" and ema_decay is None:
+            raise ValueError('ema_update="manual" needs ema_decay: without it the optimizer updates the codebook')
+        separate = separate_codebooks and heads > 1
+        super().__init__(
+            (heads, codebook_size, codebook_dim) if separate else (codebook_size, codebook_dim),
+            ema_decay=ema_decay,
+            manual=ema_update == "manual",
+            cosine=metric == "cosine",
+            revive=revive,
+            revive_threshold=revive_threshold,
+            seed=seed,
+            sampled=False,
+        )
+        self.dim, self.codebook_size, self.codebook_dim, self.heads = dim, codebook_size, codebook_dim, heads
+        self.separate_codebooks, self.beta, self.ema_update, self.metric = separate, beta, ema_update, metric
+        self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
+        projects = heads * codebook_dim != dim
+        self.project_in = nn.Linear(dim, heads * codebook_dim) if projects else None
+        self.project_out = nn.Linear(heads * codebook_dim, dim) if projects else None
+        self.reset_codebook()
 
-        codebook = torch.empty(codebook_size, dim, dtype=torch.float32)
-        self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64))
-        if ema_decay is None:
-            self.codebook = nn.Parameter(codebook)
-        else:
-            self.register_buffer("codebook", codebook)
-            self.register_buffer("ema_counts", torch.zeros(codebook_size))
-            self.register_buffer("ema_sums", torch.zeros(codebook_size, dim))
-            self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
-        self.reset_parameters()
-
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the codes anew and clears all statistics."""
-        self.codebook.uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
-        for _, buffer in self.named_buffers(recurse=False):
-            if buffer is not self.codebook:
-                buffer.zero_()
+        """Draws codes and projections anew and clears all statistics."""
+        self.reset_codebook()
+        for linear in (self.project_in, self.project_out):
+            if linear is not None:
+                linear.reset_parameters()
 
-    def forward(self, z: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None, freeze: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes z.
 
         Args:
-            z: `(..., D)`, or the layout named by `channel_dim`.
-            mask: bool, z's shape without channels; rows where it is False become zeros with index -1 and count nowhere.
+            z: `(..., dim)`, or the layout named by `channel_dim`.
+            mask: bool, z's shape without channels; rows where it is False become zeros with index -1, count nowhere and
+                get gradient 0.
+            lengths: instead of a mask, int `(B,)`: element b of the batch keeps its first `lengths[b]` positions along
+                the first axis after the batch.
+            freeze: leave codebook and statistics as they are, and give the codebook no gradient.
 
         Returns:
-            quantized: z's shape, dtype and layout, with the straight-through gradient.
-            indices: int64, z's shape without channels.
-            loss: 0-d; `codebook + beta * commitment`, or `beta * commitment` with EMA. Also in eval mode.
+            quantized: z's shape and dtype, with the straight-through gradient.
+            indices: int64, z's shape without channels; with several heads a last axis H follows.
+            loss: 0-d; `codebook + beta * commitment`, or `beta * commitment` with EMA; in the space of the codes, mean
+                over all unmasked elements. Also in eval mode.
         """
-        if z.dim() <= max(self.channel_dim, -self.channel_dim - 1) or z.shape[self.channel_dim] != self.dim:
-            raise ValueError(f"z must have {self.dim} channels at channel_dim={self.channel_dim}, got {list(z.shape)}")
-        updates = self.training and self.ema_decay is not None
-        # The backward pass needs the codes that were looked up, and the update below overwrites them.
-        codebook = snapshot(self.codebook) if updates and torch.is_grad_enabled() else self.codebook
+        channel_dim = check_channels(z, self.dim, self.channel_dim)
+        mask = row_mask(z, channel_dim, mask, lengths)
+        heads = Heads(self.heads, self.separate_codebooks, channel_dim)
+        rows = self._rows(z, mask, heads)
+        counts = self.training and not freeze
+        learns = counts and (self.ema_decay is not None or self.codebook.requires_grad)
+
+        # The backward pass needs the codes that were looked up, and an update below overwrites them.
+        overwrites = learns and self._tracks_usage and self.ema_update == "forward" and torch.is_grad_enabled()
+        codebook = self.codebook.detach() if freeze else self.codebook
+        codebook = keep(codebook) if overwrites else codebook
         result = quantize_with_statistics(
-            z,
-            codebook,
-            mask=mask,
-            metric=self.metric,
+            rows.values,
+            unit(codebook) if self.metric == "cosine" else codebook,
+            mask=rows.mask,
+            metric="dot" if self.metric == "cosine" else self.metric,
             precision=self.precision,
-            channel_dim=self.channel_dim,
+            channel_dim=rows.channel_dim,
             backend=self.backend,
-            statistics=self.training,
+            statistics=counts,
         )
-        if self.training:
-            self.counts.copy_(result.counts[0])
-        if self.training and self.ema_decay is not None:
-            ema_update_(self.codebook, self.ema_counts, self.ema_sums, result.counts[0], result.sums[0], self.ema_decay)
-            self.ema_steps.add_(1)
+        if learns:
+            self.learn(result, rows)
+        elif counts:
+            self.counts.copy_(result.counts.view(self.counts.shape))
         loss = self.beta * result.commitment_loss
         if self.ema_decay is None:
             loss = loss + result.codebook_loss
-        return result.quantized, result.indices, loss
+        quantized = self._restore(result.quantized, z, mask, heads)
+        return quantized, heads.join_indices(result.indices), loss
+
+    def _rows(self, z: Tensor, mask: Tensor | None, heads: Heads) -> Rows:
+        """z -> rows in the space of the codes, split among heads."""
+        if self.project_in is not None or self.metric == "cosine":
+            # A masked row may hold a NaN, and 0 * NaN would reach the weights' gradient.
+            z = zero_masked(z, mask, heads.channel_dim)
+        rows = heads.split(project(self.project_in, z, heads.channel_dim), mask)
+        return rows._replace(values=unit(rows.values, rows.channel_dim)) if self.metric == "cosine" else rows
+
+    def _restore(self, quantized: Tensor, z: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
+        """Quantized rows -> z's shape and dtype."""
+        quantized = heads.join(quantized)
+        if self.project_out is not None:
+            quantized = project(self.project_out, quantized.to(self.project_out.weight.dtype), heads.channel_dim)
+            quantized = zero_masked(quantized, mask, heads.channel_dim)
+        return quantized.to(z.dtype)
 
     def decode(self, indices: Tensor, *, check: bool = True) -> Tensor:
-        """Codes of `indices`, laid out like z; -1 becomes zeros.
+        """What `forward` gives for `indices`, laid out like z; -1 becomes zeros.
 
         Args:
-            indices: int64 of z's shape without channels, in [-1, codebook_size).
+            indices: int64 or int32 in [-1, codebook_size), shaped as `forward` returns them.
             check: on a GPU, check the range at the price of one synchronisation. Without it, and always while
                 compiling, a row out of range becomes NaN. On the CPU the range is always checked.
         """
-        if indices.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
+        check_indices(indices, self.heads)
         outside = (indices < -1) | (indices >= self.codebook_size)
         if not torch.compiler.is_compiling() and (check or indices.device.type == "cpu") and bool(outside.any()):
             worst = int(indices[outside].flatten()[0])
             raise IndexError(f"indices must be in [-1, {self.codebook_size - 1}], got {worst}")
-        codes = self.codebook[indices.clamp(0, self.codebook_size - 1)]
+        inside = indices.clamp(0, self.codebook_size - 1)
+        if self.separate_codebooks:
+            codes = self.codes[torch.arange(self.heads, device=indices.device), inside]
+        else:
+            codes = self.codes[inside]
         codes = torch.where((indices < 0).unsqueeze(-1), 0.0, codes)
         codes = torch.where(outside.unsqueeze(-1), torch.nan, codes)
+        codes = codes.flatten(-2) if self.heads > 1 else codes
+        if self.project_out is not None:
+            masked = (indices == -1).all(-1) if self.heads > 1 else indices == -1
+            codes = self.project_out(codes.to(self.project_out.weight.dtype))
+            codes = zero_masked(codes, ~masked, -1)
         return codes.movedim(-1, self.channel_dim)
-
-    @property
-    def perplexity(self) -> Tensor:
-        """exp of the entropy of the last training step's code frequencies, 0-d: between 1 and K."""
-        return metrics.perplexity(self.counts)
-
-    @property
-    def usage(self) -> Tensor:
-        """Fraction of codes that the last training step used, 0-d."""
-        return metrics.usage(self.counts)
-
-    @property
-    def dead_codes(self) -> Tensor:
-        """Number of codes that the last training step did not use, 0-d int64."""
-        return metrics.dead_codes(self.counts)
-
-    def _apply(self, fn, recurse=True):
-        """Moves the state where `fn` moves it, but keeps the EMA state in float32 when a cast would go below."""
-        names = ("codebook", "ema_counts", "ema_sums") if self.ema_decay is not None else ()
-        wide = {name: getattr(self, name) for name in names}
-        super()._apply(fn, recurse)
-        for name, buffer in wide.items():
-            moved = getattr(self, name)
-            if moved.dtype.itemsize < torch.float32.itemsize:
-                setattr(self, name, buffer.to(moved.device, torch.float32))
-        return self
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, {self.codebook_size}", f"beta={self.beta}"]
-        if self.ema_decay is not None:
-            parts.append(f"ema_decay={self.ema_decay}")
-        defaults = {"metric": "euclidean", "channel_dim": -1, "precision": "exact", "backend": "auto"}
-        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
+        for name, default in _DEFAULTS.items():
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)!r}")
+        if self.codebook_dim * self.heads != self.dim:
+            parts.insert(1, f"codebook_dim={self.codebook_dim}")
         return ", ".join(parts)
+
+
+_DEFAULTS = {
+    "heads": 1,
+    "separate_codebooks": False,
+    "ema_decay": None,
+    "ema_update": "forward",
+    "metric": "euclidean",
+    "revive": "off",
+    "channel_dim": -1,
+    "precision": "exact",
+    "backend": "auto",
+}

@@ -1,0 +1,71 @@
+"""Checks of a layer's arguments: one sentence that names the argument, what was expected and what came."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_size(name: str, value: Any) -> None:
+    """A positive int; True is not one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+def check_int(name: str, value: Any) -> None:
+    """An int; True is not one."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an int, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float; True is not one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_number(name: str, value: Any, least: float) -> None:
+    """A finite number that is not below `least`."""
+    if not is_number(value) or value < least:
+        raise ValueError(f"{name} must be a finite number, at least {least}, got {value!r}")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """None or a number in [0, 1)."""
+    if value is not None and not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{name} must be None or in [0, 1), got {value!r}")
+
+
+def check_positive(name: str, value: Any, below: float = math.inf, none: bool = False) -> None:
+    """A positive number below a bound; or None where that is allowed."""
+    if value is None and none:
+        return
+    if not is_number(value) or not 0 < value < below:
+        bound = "" if below == math.inf else f" below {below}"
+        raise ValueError(f"{name} must be {'None or ' if none else ''}a positive number{bound}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_channels(z: Any, dim: int, channel_dim: int) -> int:
+    """Checks that z has `dim` channels at `channel_dim`; returns that axis counted from the front."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z must be a tensor, got {type(z).__name__}")
+    if not z.is_floating_point():
+        raise TypeError(f"z must be float32, bfloat16, float16 or float64, got {z.dtype}")
+    if not -z.dim() <= channel_dim < z.dim() or z.shape[channel_dim] != dim:
+        raise ValueError(f"z must have {dim} channels at channel_dim={channel_dim}, got {list(z.shape)}")
+    return channel_dim % z.dim()
+
+
+def check_indices(indices: Any, heads: int) -> None:
+    """Integers, with a trailing axis of one code per head where there are several heads."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
+    if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
+        raise ValueError(f"indices must have {heads} heads on the last axis, got {list(indices.shape)}")

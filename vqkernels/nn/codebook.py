@@ -1,0 +1,193 @@
+"""The state of a codebook and how it learns: initialisation, moving averages, revival, checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.quantize import Quantization
+from . import metrics
+from .draws import count_rows
+from .ema import ema_update_
+from .heads import Rows
+from .loading import explain_keys, explain_sizes
+from .normalisation import unit
+from .revival import Candidates, candidate_count, draw_candidates, draw_candidates_over_ranks, revive_, share_candidates
+from .synchronisation import one_hot_rank, sum_over_ranks
+
+USAGE_DECAY = 0.99  # of the moving counts that revival looks at where the codebook is trained by gradient
+
+
+class TrainedCodebook(nn.Module):
+    """A codebook with its statistics; `VectorQuantizer` is the layer around it and documents the arguments.
+
+    State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
+    `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts`;
+    with these or sampling `ema_steps ()` int64, the steps so far; with EMA `ema_sums` float32 like the codebook.
+    With ema_update="manual" the statistics since the last update are buffers that no checkpoint holds.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    ema_counts: Tensor
+    ema_sums: Tensor
+    ema_steps: Tensor
+    pending_counts: Tensor
+    pending_sums: Tensor
+    pending_rows: Tensor
+    pending_usable: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        ema_decay: float | None,
+        manual: bool,
+        cosine: bool,
+        revive: str,
+        revive_threshold: float,
+        seed: int,
+        sampled: bool,
+    ) -> None:
+        super().__init__()
+        self.ema_decay, self.revive, self.revive_threshold = ema_decay, revive, revive_threshold
+        self.seed = seed
+        self._manual, self._cosine, self._sampled = manual, cosine, sampled
+        self._tracks_usage = ema_decay is not None or revive != "off"
+        codebook = torch.empty(shape, dtype=torch.float32)
+        if ema_decay is None:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        self.register_buffer("counts", torch.zeros(shape[:-1], dtype=torch.int64))
+        if self._tracks_usage:
+            self.register_buffer("ema_counts", torch.zeros(shape[:-1]))
+        if self._tracks_usage or sampled:
+            self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
+        if ema_decay is not None:
+            self.register_buffer("ema_sums", torch.zeros(shape))
+        if manual:
+            self.register_buffer("pending_counts", torch.zeros(shape[:-1], dtype=torch.int64), persistent=False)
+            self.register_buffer("pending_sums", torch.zeros(shape), persistent=False)
+            if revive != "off":
+                drawn = (shape[0] if len(shape) == 3 else 1, candidate_count(shape[-2]))
+                self.register_buffer("pending_rows", torch.zeros(*drawn, shape[-1]), persistent=False)
+                self.register_buffer("pending_usable", torch.zeros(drawn, dtype=torch.bool), persistent=False)
+
+    @torch.no_grad()
+    def reset_codebook(self) -> None:
+        """Draws the codes anew, uniform in [-1/K, 1/K], and clears all statistics."""
+        size = self.codebook.shape[-2]
+        self.codebook.uniform_(-1 / size, 1 / size)
+        for _, buffer in self.named_buffers(recurse=False):
+            if buffer is not self.codebook:
+                buffer.zero_()
+
+    @torch.no_grad()
+    def learn(self, result: Quantization, rows: Rows) -> None:
+        """Takes in the statistics of one training step."""
+        counts = result.counts.view(self.counts.shape)
+        if not self._tracks_usage:
+            self.counts.copy_(counts)
+            if self._sampled:
+                self.ema_steps.add_(1)
+            return
+        totals = [counts] if self.ema_decay is None else [counts, result.sums.view(self.codebook.shape)]
+        slots = candidate_count(self.codebook.shape[-2])
+        if self._manual:
+            self.pending_counts.add_(totals[0])
+            self.pending_sums.add_(totals[1])
+            if self.revive != "off":
+                candidates = draw_candidates(rows, self.seed, self.ema_steps, slots)
+                self.pending_rows.copy_(candidates.rows)
+                self.pending_usable.copy_(candidates.usable)
+        elif self.revive == "off":
+            self._update(sum_over_ranks(*totals))
+        else:
+            # The number of rows of each rank rides along, so that all ranks draw from the joined batch.
+            *totals, numbers = sum_over_ranks(*totals, one_hot_rank(count_rows(rows)))
+            self._update(totals, draw_candidates_over_ranks(rows, self.seed, self.ema_steps, slots, numbers))
+
+    @torch.no_grad()
+    def update_codebook(self) -> None:
+        """Updates the codebook from all training forwards since the last call; for ema_update="manual".
+
+        Call it once per optimizer step, after the backward passes, on every rank. Revival draws from the rows of the
+        last forward. Masked, empty or missing forwards add nothing.
+        """
+        if not self._manual:
+            raise RuntimeError('update_codebook() is for ema_update="manual"; this layer updates itself in forward')
+        totals = sum_over_ranks(self.pending_counts, self.pending_sums)
+        candidates = None
+        if self.revive != "off":
+            mine = Candidates(self.pending_rows, self.pending_usable)
+            candidates = share_candidates(mine, self.seed, self.ema_steps)
+            self.pending_usable.zero_()
+        self._update(totals, candidates)
+        self.pending_counts.zero_()
+        self.pending_sums.zero_()
+
+    def _update(self, totals: list[Tensor], candidates: Candidates | None = None) -> None:
+        """One step from the counts, and with EMA the sums, of all ranks."""
+        counts = totals[0]
+        self.counts.copy_(counts)
+        if self.ema_decay is None:
+            self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - USAGE_DECAY)
+        else:
+            ema_update_(self.codebook, self.ema_counts, self.ema_sums, counts, totals[1], self.ema_decay)
+        if candidates is not None:
+            sums_ = None if self.ema_decay is None else self.ema_sums
+            threshold = self.revive_threshold
+            revive_(self.codebook, self.ema_counts, sums_, candidates, threshold, self.seed, self.ema_steps)
+        self.ema_steps.add_(1)
+
+    @property
+    def codes(self) -> Tensor:
+        """The vectors that are looked up, like the codebook: with metric="cosine" its codes at length one."""
+        return unit(self.codebook) if self._cosine else self.codebook
+
+    @property
+    def perplexity(self) -> Tensor:
+        """exp of the entropy of the last training step's code frequencies, in [1, K]; 0-d, or (H,) per codebook."""
+        return metrics.perplexity(self.counts)
+
+    @property
+    def usage(self) -> Tensor:
+        """Fraction of codes that the last training step used; 0-d, or (H,) per codebook."""
+        return metrics.usage(self.counts)
+
+    @property
+    def dead_codes(self) -> Tensor:
+        """Number of codes that the last training step did not use, int64; 0-d, or (H,) per codebook."""
+        return metrics.dead_codes(self.counts)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        error_msgs += explain_sizes(state_dict, prefix, self.codebook)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        explain_keys(missing_keys, prefix, missing=True)
+        explain_keys(unexpected_keys, prefix, missing=False)
+        for name, buffer in self.named_buffers(recurse=False):
+            if name.startswith("pending_"):
+                buffer.zero_()
+
+    def _apply(self, fn, recurse=True):
+        """Moves the state where `fn` moves it, but keeps floating buffers in float32 when a cast would go below."""
+        wide = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in wide.items():
+            moved = getattr(self, name)
+            if moved.dtype.itemsize < torch.float32.itemsize:
+                setattr(self, name, buffer.to(moved.device, torch.float32))
+        return self

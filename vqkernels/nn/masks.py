@@ -1,0 +1,43 @@
+"""Which rows of z count: a mask, or the lengths of padded sequences."""
+
+import torch
+from torch import Tensor
+
+
+def row_mask(z: Tensor, channel_dim: int, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """The mask of z's rows, bool of z's shape without channels, or None where every row counts.
+
+    Args:
+        channel_dim: not negative.
+        mask: taken as it is; True where a row counts.
+        lengths: int `(B,)`; element b of the batch keeps its first `lengths[b]` positions, along the axis after it.
+            Nothing is read back to the host: a length beyond the axis keeps it whole, a negative one keeps nothing.
+    """
+    if lengths is None:
+        if mask is not None:
+            _check_mask(z, channel_dim, mask)
+        return mask
+    if mask is not None:
+        raise ValueError("mask and lengths say the same thing: give one of them")
+    shape = z.shape[:channel_dim] + z.shape[channel_dim + 1 :]
+    if len(shape) < 2:
+        raise ValueError(f"lengths need a z with a batch and a position axis beside the channels, got {list(z.shape)}")
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"lengths must be an int64 or int32 tensor, got {getattr(lengths, 'dtype', type(lengths))}")
+    if lengths.shape != shape[:1]:
+        raise ValueError(f"lengths must be ({shape[0]},), one per batch element, got {list(lengths.shape)}")
+    kept = torch.arange(shape[1], device=z.device) < lengths.to(z.device).unsqueeze(1)
+    return kept.view(*kept.shape, *[1] * (len(shape) - 2)).expand(shape)
+
+
+def _check_mask(z: Tensor, channel_dim: int, mask: Tensor) -> None:
+    shape = z.shape[:channel_dim] + z.shape[channel_dim + 1 :]
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor (True: the row counts), got {getattr(mask, 'dtype', type(mask))}")
+    if mask.shape != shape:
+        raise ValueError(f"mask must have z's shape without channels, {list(shape)}, got {list(mask.shape)}")
+
+
+def zero_masked(x: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor:
+    """x with zeros for the rows that do not count, whatever they hold, and a gradient of exactly 0 there."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(channel_dim), 0)
