@@ -10,7 +10,7 @@ TRITON_READY := $(TRITON_VENV)/.ready
 TRITON_TESTS := tests/backends/triton tests/benchmarks
 DEMO := runs/demo
 
-.PHONY: demo test test-all test-triton test-triton-all lint clean
+.PHONY: demo test test-all test-triton test-triton-all lint instructions clean
 
 # Torch first and pinned: the build compiles against it, and a bare `torch` would bring gigabytes of CUDA.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
@@ -50,6 +50,10 @@ else
 test-triton test-triton-all:
 	@echo "the Triton tests run on Linux: skipped"
 endif
+
+# Records the instruction counts of the C++ kernels, which tests/native compares; needs valgrind, but no torch.
+instructions:
+	PYTHONPATH=tests $(PYTHON) -m native.callgrind
 
 clean:
 	rm -rf $(VENV) $(TRITON_VENV) build dist *.egg-info vqkernels/*.so vqkernels/_build.json runs

@@ -1,0 +1,67 @@
+"""Compiles a native driver of this folder with the raw kernels of csrc/cpu and the flags of setup.py, without torch."""
+
+import ast
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def compiler() -> str | None:
+    """The C++ compiler that a build of the package would use, or None."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def compiler_version() -> str:
+    """Name and major version, such as "g++ 12": instruction counts are compared within one of them only."""
+    told = subprocess.run([compiler() or "c++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    name = "clang" if "clang" in _first_line() else "g++"
+    return f"{name} {told.strip().partition('.')[0]}, {platform.machine()}"
+
+
+def _first_line() -> str:
+    return subprocess.run([compiler() or "c++", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def flags() -> tuple[list[str], dict[str, list[str]]]:
+    """The flags of every source, and those of the sources of one SIMD level by the end of their name, from setup.py."""
+    found: dict[str, ast.expr] = {}
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node.value
+    levels = found["LEVEL_FLAGS"]
+    assert isinstance(levels, ast.IfExp)
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return ast.literal_eval(found["FLAGS"]), ast.literal_eval(levels.body if x86 else levels.orelse)
+
+
+def build(driver: str, folder: Path, *extra: str) -> Path:
+    """Compiles tests/native/`driver`.cpp and every kernel with `extra` flags after the usual ones; returns the program.
+
+    Raises:
+        RuntimeError: a source does not compile or link, with what the compiler said.
+    """
+    common, levels = flags()
+    sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), HERE / f"{driver}.cpp"]
+
+    def run(command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+
+    def compile_one(source: Path) -> str:
+        out = folder / f"{source.stem}.o"
+        level = next((given for end, given in levels.items() if source.name.endswith(end)), [])
+        run([compiler() or "c++", *common, *extra, *level, "-c", str(source), "-o", str(out)])
+        return str(out)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    program = folder / driver
+    run([compiler() or "c++", *extra, *objects, "-o", str(program)])
+    return program

@@ -1,0 +1,225 @@
+// Runs every kernel once inside the function `measured`, which callgrind counts; prints "name<TAB>work" in that order.
+//
+// `instructions kernels`: the inner kernels one by one; work is rows x codes x channels, or elements.
+// `instructions hostile`: whole searches on data that the filters do not like, with and without the int16 filter; work is
+// rows x codes x channels.
+#include <stdio.h>
+#include <string.h>
+
+#include <functional>
+#include <string>
+
+#include "../../csrc/cpu/quantize.h"
+#include "../../csrc/cpu/statistics.h"
+#include "search.h"
+
+using namespace native;
+
+extern "C" __attribute__((noinline)) void measured(const std::function<void()>& work) {
+  work();
+  asm volatile("" ::: "memory");  // no tail call: the function must return after the work
+}
+
+namespace {
+
+void count(const std::string& name, double work, const std::function<void()>& body) {
+  printf("%s\t%.0f\n", name.c_str(), work);
+  fflush(stdout);
+  measured(body);
+}
+
+struct Random {
+  uint64_t state = 88172645463325252ull;
+  uint64_t bits() {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state;
+  }
+  float uniform() { return float(bits() >> 40) * 0x1p-24f; }
+  float normal() {
+    float sum = -6.0f;
+    for (int i = 0; i < 12; ++i) sum += uniform();
+    return sum;
+  }
+  std::vector<float> normals(int64_t n, float scale = 1.0f) {
+    std::vector<float> x(n);
+    for (float& v : x) v = scale * normal();
+    return x;
+  }
+};
+
+using Floats = std::vector<float>;
+using Words = std::vector<int32_t>;
+
+void inner_kernels(Random& random, const Sweep& sweep, int64_t channels) {
+  const std::string tail = std::string(" ") + level_name(sweep.level) + " D=" + std::to_string(channels);
+  const int64_t rows = sweep.rows, size = 480;
+  const Floats codes = random.normals(size * channels);
+  const Floats centre(channels, 0.0f);
+  const PackedCodebook packed({codes.data(), DType::f32, size, channels}, DType::f32, Metric::euclidean, true, sweep);
+  Floats panel = random.normals(rows * channels), norm(rows), best(rows, 1e30f), second(rows, 1e30f);
+  Words slot(rows, 0);
+  const double elements = double(rows * channels), products = elements * double(size);
+  count("prepare" + tail, elements, [&] { sweep.prepare(panel.data(), centre.data(), 1.0f, channels, norm.data()); });
+  count("sweep" + tail, products, [&] {
+    sweep.sweep(panel.data(), norm.data(), packed.tiles(), 0, packed.tile_count(), best.data(), second.data(), slot.data());
+  });
+  Words slots(size + 1);
+  const Floats limit(rows, -1e30f);
+  count("sift" + tail, products, [&] {
+    sweep.sift(panel.data(), norm.data(), packed.tiles(), size, limit.data(), slots.data());
+  });
+  std::vector<double> wide(rows * channels, 0.5), code(channels, 0.25), score(rows);
+  count("contract" + tail, elements, [&] { sweep.contract(wide.data(), code.data(), channels, true, score.data()); });
+  if (sweep.sweep16 == nullptr || channels < 16) return;
+  const IntegerCodebook integers(packed, 2.0 * sqrt(double(channels)));
+  const int64_t pairs = integers.pairs();
+  Words words(pairs * rows), best16(rows, INT32_MAX), second16(rows, INT32_MAX);
+  Floats residual(rows), largest(rows);
+  std::vector<uint32_t> square(rows);
+  count("quantize" + tail, elements, [&] {
+    sweep.quantize(panel.data(), integers.scale(), channels, words.data(), residual.data(), square.data(), largest.data());
+  });
+  count("sweep16" + tail, products, [&] {
+    sweep.sweep16(words.data(), integers.tiles(), 0, packed.tile_count(), best16.data(), second16.data(), slot.data());
+  });
+}
+
+template <class T> std::vector<T> narrowed(const Floats& x) {
+  std::vector<T> y(x.size());
+  for (size_t i = 0; i < x.size(); ++i) narrow(double(x[i]), &y[i]);
+  return y;
+}
+
+void fused_tail(Random& random) {
+  const int64_t n = 2048, k = 256, d = 64;
+  const Floats z = random.normals(n * d), codebook = random.normals(k * d), incoming = random.normals(n * d);
+  const std::vector<BFloat16> narrow_z = narrowed<BFloat16>(z);
+  std::vector<int64_t> index(n);
+  std::vector<int32_t> code(n);
+  for (int64_t i = 0; i < n; ++i) index[i] = code[i] = int32_t(random.bits() % k);
+  Floats out(n * d), sums(k * d);
+  const std::vector<char> yes(n, 1);
+  const bool* finite = reinterpret_cast<const bool*>(yes.data());
+  std::vector<char> written(n);
+  const Codes codes{codebook.data(), DType::f32, k, d};
+  const Rows rows = contiguous(z.data(), DType::f32, n, d), first{z.data(), DType::f32, 1, n, d, 0, 1, n};
+  const Rows grad = contiguous(incoming.data(), DType::f32, n, d), brain = contiguous(narrow_z.data(), DType::bf16, n, d);
+  const double elements = double(n * d);
+  count("gather float32", elements, [&] { gather_rows(rows, codes, {out.data(), n, 0, d, 1}, 0, n, index.data(), finite); });
+  count("gather bfloat16", elements, [&] { gather_rows(brain, codes, {out.data(), n, 0, d, 1}, 0, n, index.data(), finite); });
+  count("gather channels first", elements, [&] {
+    gather_rows(first, codes, {out.data(), n, 0, 1, n}, 0, n, index.data(), finite);
+  });
+  count("gradient float32", elements, [&] {
+    gradient_rows(rows, codes, grad, 0.5, {out.data(), n, 0, d, 1}, 0, n, index.data(), reinterpret_cast<bool*>(written.data()));
+  });
+  Segments segments;
+  count("group by code", double(n), [&] { segments = group_by_code(code.data(), n, k); });
+  const SegmentSum sum{rows, nullptr, 1.0, DType::f32, sums.data()}, apart{first, nullptr, 1.0, DType::f32, sums.data()},
+      gradient{rows, &codes, 0.5, DType::f32, sums.data()};
+  count("segment sums", elements, [&] { sum_codes(sum, segments, 0, k); });
+  count("segment sums channels first", elements, [&] { sum_channels(apart, code.data(), k, 0, d); });
+  count("segment sums of the gradient", elements, [&] { sum_codes(gradient, segments, 0, k); });
+}
+
+void whole_search(const std::string& name, const Floats& z, const Floats& codes, int64_t d, const Sweep& sweep, bool integers) {
+  const int64_t n = int64_t(z.size()) / d, k = int64_t(codes.size()) / d;
+  std::vector<int64_t> index(n);
+  std::vector<char> finite(n);
+  Query q{contiguous(z.data(), DType::f32, n, d), {codes.data(), DType::f32, k, d}};
+  q.sweep = &sweep, q.integers = integers;
+  count(name, double(n * k * d), [&] { search(q, index.data(), reinterpret_cast<bool*>(finite.data())); });
+}
+
+void whole_searches(Random& random, const Sweep& sweep) {
+  for (const auto& [n, k, d] : {std::tuple<int64_t, int64_t, int64_t>{1024, 512, 64}, {2048, 512, 8}, {512, 1024, 256}}) {
+    const Floats z = random.normals(n * d), codes = random.normals(k * d);
+    whole_search(std::string("search ") + level_name(sweep.level) + " K=" + std::to_string(k) + " D=" + std::to_string(d), z,
+                 codes, d, sweep, true);
+  }
+}
+
+void kernels(const std::vector<const Sweep*>& sweeps) {
+  Random random;
+  for (const Sweep* sweep : sweeps) {
+    for (int64_t channels : {8, 64, 256}) inner_kernels(random, *sweep, channels);
+    whole_searches(random, *sweep);
+  }
+  const int64_t k = 512, d = 64;
+  const Floats codes = random.normals(k * d);
+  const Sweep& sweep = *sweeps.back();
+  const auto pack = [&] {
+    return PackedCodebook({codes.data(), DType::f32, k, d}, DType::f32, Metric::euclidean, true, sweep);
+  };
+  count("pack float32", double(k * d), [&] { pack(); });
+  if (sweep.sweep16 != nullptr) {
+    const PackedCodebook packed = pack();
+    count("pack int16", double(k * d), [&] { IntegerCodebook(packed, 16.0); });
+  }
+  fused_tail(random);
+}
+
+// Three rounds of Lloyd's algorithm from the first rows.
+Floats fitted(const Floats& z, int64_t k, int64_t d, const Sweep& sweep) {
+  const int64_t n = int64_t(z.size()) / d;
+  Floats codes(z.begin(), z.begin() + k * d);
+  std::vector<int64_t> index(n);
+  std::vector<char> finite(n);
+  for (int round = 0; round < 3; ++round) {
+    Query q{contiguous(z.data(), DType::f32, n, d), {codes.data(), DType::f32, k, d}};
+    q.sweep = &sweep;
+    search(q, index.data(), reinterpret_cast<bool*>(finite.data()));
+    std::vector<double> sum(k * d, 0.0), rows(k, 0.0);
+    for (int64_t i = 0; i < n; ++i) {
+      rows[index[i]] += 1;
+      for (int64_t c = 0; c < d; ++c) sum[index[i] * d + c] += z[i * d + c];
+    }
+    for (int64_t j = 0; j < k * d; ++j)
+      if (rows[j / d] > 0) codes[j] = float(sum[j] / rows[j / d]);
+  }
+  return codes;
+}
+
+void hostile(const Sweep& sweep) {
+  Random random;
+  const int64_t n = 4096, k = 128, d = 64;  // many chunks of rows: what the first ones teach is used by the others
+  const Floats z = random.normals(n * d), plain = random.normals(k * d);
+  const auto both = [&](const std::string& name, const Floats& rows, const Floats& codes) {
+    whole_search(name, rows, codes, d, sweep, true);
+    whole_search(name + ", float32 alone", rows, codes, d, sweep, false);
+  };
+  both("gaussian", z, plain);
+  Floats codes = plain;
+  for (int64_t c = 0; c < d; ++c) codes[7 * d + c] *= 1000.0f;
+  both("outlier code", z, codes);
+  Floats lattice(n * d), few(k * d);
+  for (float& x : lattice) x = float(random.bits() % 3) - 1.0f;
+  for (float& x : few) x = float(random.bits() % 3) - 1.0f;
+  both("ties on a lattice", lattice, few);
+  codes = plain;
+  for (int64_t j = k / 2 * d; j < k * d; ++j) codes[j] = nextafterf(codes[j - k / 2 * d], 10.0f);
+  both("codes in pairs one ulp apart", z, codes);
+  both("collapsed codebook", z, random.normals(k * d, 1e-3f));
+  both("codebook collapsed to a millionth", z, random.normals(k * d, 1e-6f));
+  codes = random.normals(k * d, 1e-3f);
+  for (float& x : codes) x += 3.0f;
+  both("codebook collapsed far from the rows", z, codes);
+  Floats scaled = z;
+  for (int64_t i = 0; i < n; i += 2)
+    for (int64_t c = 0; c < d; ++c) scaled[i * d + c] *= 1e4f;
+  both("rows far out of scale", scaled, plain);
+  Floats skewed = random.normals(n * d);
+  for (int64_t i = 0; i < n; ++i) skewed[i * d] *= 50.0f;
+  both("k-means with a large coordinate", skewed, fitted(skewed, k, d, sweep));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<const Sweep*> sweeps{&sweep_of(Level::baseline)};
+  if (has_level(Level::avx2)) sweeps.push_back(&sweep_of(Level::avx2));  // valgrind knows no AVX-512
+  if (argc == 2 && strcmp(argv[1], "kernels") == 0) kernels(sweeps);
+  else if (argc == 2 && strcmp(argv[1], "hostile") == 0) hostile(*sweeps.back());
+  else return fprintf(stderr, "usage: instructions kernels|hostile\n"), 2;
+  return 0;
+}

@@ -1,0 +1,58 @@
+// One search of the raw kernels, as the operator `vqkernels::nearest` runs it on one thread.
+//
+// The native drivers call the search through this file alone, so that a change of its interface is made in one place.
+#pragma once
+#include <math.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../../csrc/cpu/environment.h"
+#include "../../csrc/cpu/nearest.h"
+
+namespace native {
+
+using namespace vqkernels;
+
+struct Query {
+  Rows rows;
+  Codes codes;
+  Metric metric = Metric::euclidean;
+  const Sweep* sweep = nullptr;
+  bool certified = true;
+  bool integers = true;  // false: the float32 filter alone
+  const bool* mask = nullptr;
+};
+
+// Writes the index of each row (-1 where masked) and whether it is finite; returns how many rows the filters decided.
+inline int64_t search(const Query& q, int64_t* index, bool* finite, int64_t step = kChunk) {
+  const DefaultArithmetic arithmetic;
+  const PackedCodebook packed(q.codes, q.rows.dtype, q.metric, q.certified, *q.sweep);
+  const IntegerCodebook integers = q.integers ? integer_codebook(q.rows, packed, q.mask, q.certified)
+                                              : IntegerCodebook(packed, double(NAN));
+  NearestSearch run(q.rows, packed, integers, q.certified);
+  int64_t decided = 0;
+  for (int64_t begin = 0; begin < q.rows.count(); begin += step)
+    decided += run(begin, std::min(begin + step, q.rows.count()), q.mask ? q.mask + begin : nullptr, index + begin,
+                   finite + begin);
+  return decided;
+}
+
+inline const Sweep& sweep_of(Level level) {
+#if defined(__x86_64__)
+  switch (level) {
+    case Level::vnni: return kSweepVnni;
+    case Level::avx512: return kSweepAvx512;
+    case Level::avx2: return kSweepAvx2;
+    default: return kSweepBaseline;
+  }
+#else
+  return kSweepBaseline;
+#endif
+}
+
+inline Rows contiguous(const void* data, DType dtype, int64_t count, int64_t channels) {
+  return {data, dtype, 1, count, channels, 0, channels, 1};
+}
+
+}  // namespace native
