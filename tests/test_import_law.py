@@ -14,7 +14,7 @@ RANK = {name: rank for rank, name in enumerate(FLOORS)} | {"dropin": 4, "bench":
 DRAWN = {
     "backends/registry": {"backends/cpu", "backends/gpu", "backends/verified", "backends/triton/registration"},
     "backends/gpu": {"backends/verified"},
-    "backends/eager": {"backends/layout"},
+    "backends/eager": {"backends/layout", "backends/rotation"},
     "backends/triton/registration": {"backends/layout"},
     "ops/nearest": {"ops/checks", "ops/registration"},
     "ops/statistics": {"ops/checks", "ops/registration"},

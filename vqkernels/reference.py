@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 METRICS = ("euclidean", "dot", "cosine")
+GRADIENTS = ("straight_through", "rotation")
+OPPOSITE = 2.0**-52  # |u + q|^2 of two unit vectors at or below which they are opposite to within rounding
 
 
 def scores(z: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
@@ -85,13 +87,39 @@ def statistics(z: Tensor, indices: Tensor, codebook_size: int, *, mask: Tensor |
     return counts, sums
 
 
+def rotate(step: Tensor, z: Tensor, codes: Tensor) -> Tensor:
+    """The linear map that takes each row z to its code e, applied to `step`; all `(..., D)`, computed in float64.
+
+    Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", section 4.2: with u = z/|z|,
+    q = e/|e| and w = (u + q)/|u + q|, the map is |e|/|z| (I - 2 w w^T + 2 q u^T), constant with respect to z. Where u
+    and q are opposite there is no such rotation, and w = 0 makes it the reflection that takes u to q. Where z or e is
+    zero there is no direction: the map is the identity, which is the straight-through gradient.
+    """
+    wide, target = z.detach().to(torch.float64), codes.detach().to(torch.float64)
+    step = step.to(torch.float64)
+    z_norm, e_norm = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide, target))
+    directed = (z_norm != 0) & (e_norm != 0)
+    one = torch.ones((), dtype=torch.float64, device=z.device)
+    u, q = wide / torch.where(directed, z_norm, one), target / torch.where(directed, e_norm, one)
+    square = (u + q).square().sum(-1, keepdim=True)
+    w = torch.where(square > OPPOSITE, (u + q) / square.clamp_min(OPPOSITE).sqrt(), 0.0)
+    turned = step - 2 * (step * w).sum(-1, keepdim=True) * w + 2 * (step * u).sum(-1, keepdim=True) * q
+    return torch.where(directed, e_norm / torch.where(directed, z_norm, one) * turned, step)
+
+
 def vector_quantize(
-    z: Tensor, codebook: Tensor, *, mask: Tensor | None = None, metric: str = "euclidean"
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    mask: Tensor | None = None,
+    metric: str = "euclidean",
+    gradient: str = "straight_through",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantized rows, indices, codebook loss and commitment loss (van den Oord et al. 2017, equation 3).
 
     `codebook_loss = mean ||sg[z] - e||^2`, `commitment_loss = mean ||z - sg[e]||^2`, both over all unmasked elements;
-    the gradient of the quantized rows passes straight through to z. Differentiable by autograd in the inputs' dtype.
+    the gradient of the quantized rows passes straight through to z, or with `gradient="rotation"` through the transpose
+    of the map of `rotate`. Differentiable by autograd in the inputs' dtype.
     Where a row is not finite, forward values hold but its gradient is NaN by contract, which autograd does not show.
     """
     indices = nearest(z, codebook, mask=mask, metric=metric)
@@ -105,6 +133,9 @@ def vector_quantize(
     codebook_loss = torch.where(kept, z.detach() - codes, zero).square().sum() / elements
     commitment_loss = torch.where(kept, z - codes.detach(), zero).square().sum() / elements
     finite = torch.where(kept, z, 0.0).detach().isfinite().all(-1, keepdim=True)
-    through = torch.where(kept & finite, z - z.detach(), 0.0)
+    through = torch.where(kept & finite, z - z.detach(), 0.0)  # zero; it carries the gradient
+    if gradient == "rotation":
+        row = torch.where(kept & finite, z.detach(), 0.0)
+        through = rotate(through, row, torch.where(kept, codes.detach(), zero))
     quantized = torch.where(kept, codes.detach(), zero).to(z.dtype) + through.to(z.dtype)
     return quantized, indices, codebook_loss, commitment_loss

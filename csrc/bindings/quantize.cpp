@@ -63,12 +63,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z_
   return {quantized, indices, squared_error, out.counts, out.sums};
 }
 
-// Gradients of quantized (straight-through), codebook_loss and commitment_loss, both losses being the mean of (z - e)^2
+Gradient gradient_of(const std::string& name) {
+  if (name == "straight_through") return Gradient::straight_through;
+  STD_TORCH_CHECK(name == "rotation", "gradient must be 'straight_through' or 'rotation', got '", name, "'");
+  return Gradient::rotation;
+}
+
+// Gradients of quantized (straight-through or rotated), codebook_loss and commitment_loss, both losses being the mean of (z - e)^2
 // over the elements of the rows with index >= 0. grad_codebook is empty unless `needs_codebook_gradient`.
 std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, const Tensor& grad_codebook_loss,
                                                  const Tensor& grad_commitment_loss, const Tensor& z_in,
                                                  const Tensor& codebook_in, const Tensor& indices_in,
-                                                 int64_t channel_dim, bool needs_codebook_gradient) {
+                                                 int64_t channel_dim, std::string gradient,
+                                                 bool needs_codebook_gradient) {
+  const Gradient through = gradient_of(gradient);
   const bool batched = is_batched(codebook_in);
   const Tensor z = mergeable(z_in, channel_dim, batched), codebook = torch::stable::contiguous(codebook_in);
   const Tensor incoming = mergeable(grad_quantized, channel_dim, batched);
@@ -108,7 +116,7 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
       bool finite[kChunk];
       for (int64_t begin = first * kChunk; begin < std::min(last * kChunk, rows); begin += kChunk) {
         const int64_t end = std::min(begin + kChunk, rows);
-        gradient_rows(view, codes, from, commitment, target, begin, end, index + begin, finite);
+        gradient_rows(view, codes, from, through, commitment, target, begin, end, index + begin, finite);
         for (int64_t row = begin; row < end; ++row)
           code[row] = index[row] >= 0 && finite[row - begin] ? int32_t(index[row]) : -1;
       }

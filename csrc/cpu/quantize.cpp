@@ -2,9 +2,12 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <limits>
 #include <type_traits>
 #include <vector>
+
+#include "rotation.h"
 
 namespace vqkernels {
 namespace {
@@ -49,6 +52,18 @@ template <class T> void fill_row(double value, T* out, int64_t stride, int64_t c
   for (int64_t d = 0; d < channels; ++d) narrow(value, &out[d * stride]);
 }
 
+// Calls f(i, d) for rows i in [first, last) and every channel, in the order in which z lies: where channels are apart,
+// neighbouring rows share cache lines and channels do not.
+template <class F> void walk(const Rows& z, int64_t first, int64_t last, const F& f) {
+  if (z.channel_stride == 1) {
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t d = 0; d < z.channels; ++d) f(i, d);
+  } else {
+    for (int64_t d = 0; d < z.channels; ++d)
+      for (int64_t i = first; i < last; ++i) f(i, d);
+  }
+}
+
 }  // namespace
 
 double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantized, int64_t begin, int64_t end,
@@ -89,7 +104,7 @@ double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantize
   return total;
 }
 
-void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quantized, double scale,
+void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quantized, Gradient gradient, double scale,
                    const RowsOut& grad_z, int64_t begin, int64_t end, const int64_t* index, bool* finite) {
   const int64_t channels = z.channels, count = end - begin;
   with_type(z.dtype, [&](auto* z_type) {
@@ -104,20 +119,43 @@ void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quanti
         incoming[i] = at<T>(grad_quantized, begin + i);
         to[i] = at<T>(grad_z, begin + i);
       }
-      const auto element = [&](int64_t i, int64_t d) {
-        T* out = to[i] + d * grad_z.channel_stride;
-        if (index[i] < 0) return narrow(0.0, out);
-        const double value = double(widen(from[i][d * z.channel_stride]));
-        const double code = double(widen(static_cast<const C*>(codebook.data)[index[i] * channels + d]));
-        poison[i] += value * 0.0;
-        narrow(double(widen(incoming[i][d * grad_quantized.channel_stride])) + scale * (value - code), out);
+      const auto value = [&](int64_t i, int64_t d) { return double(widen(from[i][d * z.channel_stride])); };
+      const auto code = [&](int64_t i, int64_t d) {
+        return double(widen(static_cast<const C*>(codebook.data)[index[i] * channels + d]));
       };
-      if (z.channel_stride == 1) {
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t d = 0; d < channels; ++d) element(i, d);
-      } else {  // neighbouring rows share cache lines, channels do not
-        for (int64_t d = 0; d < channels; ++d)
-          for (int64_t i = 0; i < count; ++i) element(i, d);
+      const auto through = [&](int64_t i, int64_t d) {
+        return double(widen(incoming[i][d * grad_quantized.channel_stride]));
+      };
+      const auto finish = [&](int64_t i, int64_t d, double g) {
+        const double x = value(i, d);
+        poison[i] += x * 0.0;
+        narrow(g + scale * (x - code(i, d)), to[i] + d * grad_z.channel_stride);
+      };
+      if (gradient == Gradient::straight_through) {
+        walk(z, 0, count, [&](int64_t i, int64_t d) {
+          if (index[i] < 0) narrow(0.0, to[i] + d * grad_z.channel_stride);
+          else finish(i, d, through(i, d));
+        });
+      } else {
+        constexpr int64_t kTogether = 16;  // rows whose copies in double lie in cache
+        std::vector<double> rows(kTogether * channels), codes(channels), turned(kTogether * channels);
+        for (int64_t first = 0; first < count; first += kTogether) {
+          const int64_t last = std::min(first + kTogether, count);
+          walk(z, first, last, [&](int64_t i, int64_t d) {
+            if (index[i] < 0) return;
+            rows[(i - first) * channels + d] = value(i, d);
+            turned[(i - first) * channels + d] = through(i, d);
+          });
+          for (int64_t i = first; i < last; ++i) {
+            if (index[i] < 0) continue;
+            for (int64_t d = 0; d < channels; ++d) codes[d] = code(i, d);
+            rotate_gradient(&rows[(i - first) * channels], codes.data(), &turned[(i - first) * channels], channels);
+          }
+          walk(z, first, last, [&](int64_t i, int64_t d) {
+            if (index[i] < 0) narrow(0.0, to[i] + d * grad_z.channel_stride);
+            else finish(i, d, turned[(i - first) * channels + d]);
+          });
+        }
       }
       for (int64_t i = 0; i < count; ++i) {
         if (index[i] < 0) continue;

@@ -22,9 +22,12 @@ struct RowsOut {
 double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantized, int64_t begin, int64_t end,
                    const int64_t* index, const bool* finite);
 
-// grad_z <- grad_quantized + scale (z - e) for rows [begin, end); 0 where index < 0; NaN where the row is not finite.
-// Writes finite[i] for the rows with index >= 0.
-void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quantized, double scale,
+// How the gradient of quantized reaches z: unchanged, or rotated (rotation.h).
+enum class Gradient : int { straight_through, rotation };
+
+// grad_z <- through(grad_quantized) + scale (z - e) for rows [begin, end); 0 where index < 0; NaN where the row is not
+// finite. Writes finite[i] for the rows with index >= 0.
+void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quantized, Gradient gradient, double scale,
                    const RowsOut& grad_z, int64_t begin, int64_t end, const int64_t* index, bool* finite);
 
 }  // namespace vqkernels

@@ -239,8 +239,9 @@ def test_opcheck(overload, cpu_kernels):
     _, indices, *_ = ops["quantize"](z, codebook, mask, 1, "euclidean", "exact", False)
     opcheck(ops["statistics"], (z, indices, 9, None, 1, False))
     backward = getattr(torch.ops.vqkernels.quantize_backward, overload)
-    for wanted in (True, False):
-        opcheck(backward, (torch.randn_like(z), torch.tensor(0.5), torch.tensor(0.25), z, codebook, indices, 1, wanted))
+    incoming = (torch.randn_like(z), torch.tensor(0.5), torch.tensor(0.25))
+    for gradient, wanted in itertools.product(("straight_through", "rotation"), (True, False)):
+        opcheck(backward, (*incoming, z, codebook, indices, 1, gradient, wanted))
 
 
 def test_compiles_whole_with_dynamic_shapes(backend):
@@ -288,6 +289,8 @@ def test_the_raw_backward_refuses_what_would_read_outside(cpu_kernels):
     backward = torch.ops.vqkernels.quantize_backward.default
     one = torch.ones(())
     with pytest.raises(RuntimeError, match="indices hold a code out of range"):
-        backward(z, one, one, z, codebook, torch.tensor([0, 1, 5, 2]), 1, True)
+        backward(z, one, one, z, codebook, torch.tensor([0, 1, 5, 2]), 1, "rotation", True)
     with pytest.raises(RuntimeError, match="grad_quantized must have z's dtype and shape"):
-        backward(z[:2], one, one, z, codebook, torch.zeros(4, dtype=torch.int64), 1, True)
+        backward(z[:2], one, one, z, codebook, torch.zeros(4, dtype=torch.int64), 1, "rotation", True)
+    with pytest.raises(RuntimeError, match="gradient must be 'straight_through' or 'rotation', got 'none'"):
+        backward(z, one, one, z, codebook, torch.zeros(4, dtype=torch.int64), 1, "none", True)

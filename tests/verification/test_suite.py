@@ -48,6 +48,10 @@ def lost_row(results, *_):
     return [counts, *results[1:]]
 
 
+def unrotated(results, *arguments):
+    return quantize.quantize_backward.eager(*arguments[:7], "straight_through", arguments[8])
+
+
 def halved_gradient(results, *_):
     return [results[0], results[1] / 2]
 
@@ -59,6 +63,7 @@ def halved_gradient(results, *_):
         (quantize, "quantize", unwritten_row, "looked-up values and losses"),
         (statistics, "statistics", lost_row, "counts exact, sums to rounding"),
         (quantize, "quantize_backward", halved_gradient, "gradients equal the reference's"),
+        (quantize, "quantize_backward", unrotated, "rotated gradients equal the reference's"),
     ],
 )
 def test_a_planted_fault_breaks_its_claim(module, name, change, claim, monkeypatch):

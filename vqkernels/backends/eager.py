@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference import code_norms
 from .layout import empty_rows, layout_of
+from .rotation import rotate_gradient
 
 _BLOCK_ELEMENTS = 1 << 22  # scores alive at once: 16 MB of float32
 
@@ -222,6 +223,7 @@ def quantize_backward(
     codebook: Tensor,
     indices: Tensor,
     channel_dim: int,
+    gradient: str,
     codebook_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and of the codebook; see `vqkernels.ops.quantize`."""
@@ -236,9 +238,13 @@ def quantize_backward(
         kept = (code >= 0).unsqueeze(-1)
         wide = torch.where(kept, rows[:, head], 0.0).to(torch.float64)
         finite = wide.isfinite().all(-1, keepdim=True)
-        residual = wide - codes[head][code.clamp_min(0)].to(torch.float64)
-        gradient = torch.where(finite, incoming[:, head] + commitment * residual, torch.nan)
-        grad_rows[:, head] = torch.where(kept, gradient, 0.0).to(z.dtype)
+        chosen_codes = codes[head][code.clamp_min(0)].to(torch.float64)
+        residual = wide - chosen_codes
+        through = incoming[:, head].to(torch.float64)
+        if gradient == "rotation":
+            through = rotate_gradient(through, wide, chosen_codes)
+        total = torch.where(finite, through + commitment * residual, torch.nan)
+        grad_rows[:, head] = torch.where(kept, total, 0.0).to(z.dtype)
         if codebook_gradient:
             counted = (kept & finite).reshape(-1)
             used_code = code.reshape(-1)[counted]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 METRICS = ("euclidean", "dot", "cosine")
+GRADIENTS = ("straight_through", "rotation")
 PRECISIONS = ("exact", "fast")
 
 

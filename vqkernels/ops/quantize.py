@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..backends import eager, registry
 from ..backends.layout import empty_rows, layout_of
-from .checks import METRICS, PRECISIONS, check_choice, check_mask, check_rows, row_shape
+from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_mask, check_rows, row_shape
 from .registration import Operation
 
 
@@ -41,6 +41,7 @@ def _fake_backward(
     codebook: Tensor,
     indices: Tensor,
     channel_dim: int,
+    gradient: str,
     codebook_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_z = empty_rows(z, layout_of(z, channel_dim, codebook.dim() == 3))
@@ -59,7 +60,7 @@ quantize = Operation(
 quantize_backward = Operation(
     "quantize_backward",
     "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor z, Tensor codebook,"
-    " Tensor indices, int channel_dim, bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
+    " Tensor indices, int channel_dim, str gradient, bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
     _fake_backward,
     eager.quantize_backward,
 )
@@ -80,6 +81,7 @@ class VectorQuantizeFunction(torch.autograd.Function):
         metric: str,
         precision: str,
         statistics: bool,
+        gradient: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         quantized, indices, squared_error, counts, sums = quantize(
@@ -92,24 +94,26 @@ class VectorQuantizeFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        z, codebook, _, channel_dim, _, _, _, backend = inputs
+        z, codebook, _, channel_dim, _, _, _, gradient, backend = inputs
         _, indices, _, _, counts, sums = output
         ctx.mark_non_differentiable(indices, counts, sums)
         ctx.save_for_backward(z, codebook, indices)
-        ctx.channel_dim, ctx.backend = channel_dim, backend  # type: ignore[attr-defined]
+        ctx.arguments = channel_dim, gradient, backend  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx, grad_quantized, _indices, grad_codebook_loss, grad_commitment_loss, _counts, _sums):
+        channel_dim, gradient, backend = ctx.arguments
         grad_z, grad_codebook = _QuantizeBackward.apply(
             grad_quantized,
             grad_codebook_loss,
             grad_commitment_loss,
             *ctx.saved_tensors,
-            ctx.channel_dim,
+            channel_dim,
+            gradient,
             ctx.needs_input_grad[1],
-            ctx.backend,
+            backend,
         )
-        return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
+        return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, *(7 * [None])
 
 
 class _QuantizeBackward(torch.autograd.Function):
@@ -124,12 +128,13 @@ class _QuantizeBackward(torch.autograd.Function):
         codebook,
         indices,
         channel_dim,
+        gradient,
         codebook_gradient,
         backend,
     ):
         grad_losses = (grad_codebook_loss, grad_commitment_loss)
         return quantize_backward(
-            backend, grad_quantized, *grad_losses, z, codebook, indices, channel_dim, codebook_gradient
+            backend, grad_quantized, *grad_losses, z, codebook, indices, channel_dim, gradient, codebook_gradient
         )
 
     @staticmethod
@@ -158,6 +163,7 @@ def quantize_with_statistics(
     *,
     mask: Tensor | None = None,
     metric: str = "euclidean",
+    gradient: str = "straight_through",
     precision: str = "exact",
     channel_dim: int = -1,
     backend: str = "auto",
@@ -165,12 +171,13 @@ def quantize_with_statistics(
 ) -> Quantization:
     """`vector_quantize` with the statistics of the same rows: counts `(heads, K)`, sums `(heads, K, D)`."""
     check_choice("metric", metric, METRICS)
+    check_choice("gradient", gradient, GRADIENTS)
     check_choice("precision", precision, PRECISIONS)
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
     chosen = registry.resolve(backend, z.device.type)
-    results = VectorQuantizeFunction.apply(z, codebook, mask, channel_dim, metric, precision, statistics, chosen)
-    return Quantization(*results)
+    options = (channel_dim, metric, precision, statistics, gradient, chosen)
+    return Quantization(*VectorQuantizeFunction.apply(z, codebook, mask, *options))
 
 
 def vector_quantize(
@@ -179,6 +186,7 @@ def vector_quantize(
     *,
     mask: Tensor | None = None,
     metric: str = "euclidean",
+    gradient: str = "straight_through",
     precision: str = "exact",
     channel_dim: int = -1,
     backend: str = "auto",
@@ -192,9 +200,14 @@ def vector_quantize(
         mask: bool, z's shape without the channel axis. Rows where it is False are not read, become zeros with index -1,
             count in no loss and get gradient 0.
         metric, precision, channel_dim, backend: as in `nearest_code`. The metric governs the search only.
+        gradient: how the gradient g of `quantized` reaches z. "straight_through" (van den Oord et al.): unchanged.
+            "rotation" (Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick"): through the
+            rotation and scaling that take z to its code e, held constant: |e|/|z| (g - 2 (g.w) w + 2 (g.q) u) with
+            u = z/|z|, q = e/|e|, w = (u + q)/|u + q|, w = 0 where u = -q. A row with z = 0 or e = 0 has no direction
+            and gets g. The forward value is exactly the code with both.
 
     Returns:
-        quantized: z's shape, dtype and memory layout; its gradient passes straight through to z.
+        quantized: z's shape, dtype and memory layout.
         indices: int64, z's shape without the channel axis.
         codebook_loss: `mean ||sg[z] - e||^2` over all unmasked elements, 0-d float32 (float64 where an input is). Its
             gradient reaches the codebook alone.
@@ -212,6 +225,7 @@ def vector_quantize(
         codebook,
         mask=mask,
         metric=metric,
+        gradient=gradient,
         precision=precision,
         channel_dim=channel_dim,
         backend=backend,

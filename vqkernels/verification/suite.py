@@ -199,6 +199,14 @@ def _everything(place: Place, z: Tensor, codebook: Tensor) -> list[Tensor]:
 
 def gradients(place: Place) -> Iterator[Case]:
     """Against autograd through the reference, in float64, on the stored values; each incoming gradient alone too."""
+    yield from _gradients(place, "straight_through")
+
+
+def rotated_gradients(place: Place) -> Iterator[Case]:
+    yield from _gradients(place, "rotation")
+
+
+def _gradients(place: Place, mode: str) -> Iterator[Case]:
     tolerances = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
     passes = [(dtype, None, 0) for dtype in tolerances] + [(torch.float64, i, 0) for i in range(3)]
     for dtype, alone, which in [*passes, (torch.float32, None, 4)]:
@@ -218,8 +226,8 @@ def gradients(place: Place) -> Iterator[Case]:
                     total + codebook_loss * weights[1] + commitment * weights[2], inputs, materialize_grads=True
                 )
 
-            found = grads(lambda x, e: vector_quantize(x, e, mask=mask, backend=place.backend), dtype)
-            expected = grads(lambda x, e: reference.vector_quantize(x, e, mask=mask), torch.float64)
+            found = grads(lambda x, e: vector_quantize(x, e, mask=mask, gradient=mode, backend=place.backend), dtype)
+            expected = grads(lambda x, e: reference.vector_quantize(x, e, mask=mask, gradient=mode), torch.float64)
             return all(_close(x, y, tolerance) for x, y in zip(found, expected, strict=True))
 
         yield f"{dtype}, incoming {'all' if alone is None else alone}, {place.sizes[which]}", case
@@ -260,6 +268,7 @@ CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
     ("quantize", "looked-up values and losses", values_and_loss),
     ("statistics", "counts exact, sums to rounding", sums_and_counts),
     ("backward", "gradients equal the reference's", gradients),
+    ("backward", "rotated gradients equal the reference's", rotated_gradients),
     ("backward", "a poisoned row harms itself alone", poisoned_rows_stay_alone),
     ("all", "same bits when repeated", repeated_bits),
 )

@@ -51,7 +51,8 @@ def exercise(dim, codes, z_type, code_type, metric, masked, rows=ROWS):
     indices.zero_()
     statistics(z, indices, codes, mask)
     one = torch.ones(())
-    quantize_backward(z, one, one, z, codebook, indices, True)
+    for gradient in ("straight_through", "rotation"):
+        quantize_backward(z, one, one, z, codebook, indices, gradient, True)
 
 
 def describe(launch, capability):

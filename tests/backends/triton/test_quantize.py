@@ -84,51 +84,90 @@ def test_layout_of_images_is_kept(device):
         assert torch.equal(quantized[:, head], codebook[head][indices[:, head]])
 
 
-def gradients(z, codebook, mask, incoming, device, dtype):
+def gradients(z, codebook, mask, incoming, device, dtype, gradient="straight_through"):
     """The kernel's (grad_z, grad_codebook) and those of autograd through the reference."""
     indices = reference.nearest(z, codebook, mask=mask)
     a, b = z.clone().requires_grad_(), codebook.clone().requires_grad_()
-    quantized, _, codebook_loss, commitment_loss = reference.vector_quantize(a, b, mask=mask)
+    quantized, _, codebook_loss, commitment_loss = reference.vector_quantize(a, b, mask=mask, gradient=gradient)
     total = (quantized * incoming[0]).sum() + codebook_loss * incoming[1] + commitment_loss * incoming[2]
     total.backward()
     got = triton_quantize.quantize_backward(
         incoming[0].to(device, dtype)[None, None], incoming[1].to(device), incoming[2].to(device),
-        z.to(device, dtype)[None, None], codebook.to(device, dtype)[None], indices.to(device)[None, None], True,
+        z.to(device, dtype)[None, None], codebook.to(device, dtype)[None], indices.to(device)[None, None],
+        gradient, True,
     )  # fmt: skip
     return (got[0][0, 0].cpu(), got[1][0].cpu()), (a.grad, b.grad)
 
 
+GRADIENTS = ["straight_through", "rotation"]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("alone", hostile.first([None, 0, 1, 2]))
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", hostile.first(["integer lattice", "gaussian", "257 dimensions"]))
-def test_gradients_in_float64(name, masked, alone, device):
+def test_gradients_in_float64(name, masked, alone, gradient, device):
     z, codebook = hostile.make(name, torch.float64)
     mask = torch.rand(len(z)) < 0.6 if masked else None
     incoming = [torch.randn_like(z), torch.randn((), dtype=torch.float64), torch.randn((), dtype=torch.float64)]
     incoming = [x if alone in (None, i) else torch.zeros_like(x) for i, x in enumerate(incoming)]
-    got, expected = gradients(z, codebook, mask, incoming, device, torch.float64)
+    got, expected = gradients(z, codebook, mask, incoming, device, torch.float64, gradient)
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_in_narrow_types(dtype, device):
+def test_gradients_in_narrow_types(dtype, gradient, device):
     z, codebook = (x.double() for x in hostile.make("three dimensions", dtype))
     incoming = [torch.randn_like(z).to(dtype).double(), torch.tensor(0.7), torch.tensor(-1.3)]
-    got, expected = gradients(z, codebook, None, incoming, device, dtype)
+    got, expected = gradients(z, codebook, None, incoming, device, dtype, gradient)
     unit = torch.finfo(dtype).eps
     for x, y in zip(got, expected, strict=True):
         assert x.dtype == dtype
         torch.testing.assert_close(x.double(), y, rtol=2 * unit, atol=1e-7)
 
 
-def test_gradients_of_poisoned_and_masked_rows(device):
+@pytest.mark.parametrize(("z_power", "code_power"), [(-900, 60), (900, 880), (-1000, -980), (0, -900)])
+def test_the_rotation_scales_to_the_ends_of_float64(z_power, code_power, device):
+    z, codebook = hostile.make("three dimensions", torch.float64)
+    indices, incoming = reference.nearest(z, codebook), torch.randn_like(z)
+    expected = gradient_by_rotation(incoming, z, codebook, indices, torch.device("cpu"), "reference")
+    got = gradient_by_rotation(incoming, z * 2.0**z_power, codebook * 2.0**code_power, indices, device)
+    torch.testing.assert_close(got, expected * 2.0 ** (code_power - z_power), rtol=1e-12, atol=0)
+
+
+def gradient_by_rotation(incoming, z, codebook, indices, device, by="triton"):
+    if by == "reference":
+        step = torch.zeros_like(z, requires_grad=True)
+        return torch.autograd.grad(reference.rotate(step, z, codebook[indices]), step, incoming)[0]
+    zero = torch.zeros((), device=device, dtype=torch.float64)
+    rows = [x.to(device)[None, None] for x in (incoming, z, indices)]
+    return triton_quantize.quantize_backward(
+        rows[0], zero, zero, rows[1], codebook.to(device)[None], rows[2], "rotation", False
+    )[0][0, 0].cpu()
+
+
+def test_rotation_of_zero_and_opposite_rows(device):
+    z, codebook, incoming = torch.randn(4, 3).double(), torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    z[0], codebook[1] = 0, 0
+    codebook[2] = -0.7 * z[2]
+    indices = torch.arange(4)
+    got = gradient_by_rotation(incoming, z, codebook, indices, device)
+    assert got[:2].equal(incoming[:2])
+    expected = gradient_by_rotation(incoming, z, codebook, indices, device, "reference")
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got[2].norm(), 0.7 * incoming[2].norm())
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_of_poisoned_and_masked_rows(gradient, device):
     z, codebook = hostile.make("non-finite")
     indices = reference.nearest(z, codebook)
     indices[20:] = -1
     grad_z, grad_codebook = triton_quantize.quantize_backward(
         torch.randn(1, 1, *z.shape, device=device), torch.tensor(1.0, device=device), torch.tensor(1.0, device=device),
-        z.to(device)[None, None], codebook.to(device)[None], indices.to(device)[None, None], True,
+        z.to(device)[None, None], codebook.to(device)[None], indices.to(device)[None, None], gradient, True,
     )  # fmt: skip
     poisoned = torch.tensor([3, 7, 9])
     assert grad_z[0, 0, poisoned].isnan().all()
@@ -148,7 +187,7 @@ def test_codebook_gradient_only_where_wanted(device):
     z, codebook = z.to(device)[None, None], codebook.to(device)[None]
     expanded = torch.ones(1, 1, 1, 1, device=device).expand_as(z)
     grad_z, grad_codebook = triton_quantize.quantize_backward(
-        expanded, scalar, scalar, z, codebook, indices[None, None], False
+        expanded, scalar, scalar, z, codebook, indices[None, None], "straight_through", False
     )
     assert grad_codebook.shape == (0,)
     residual = z[0, 0].double() - codebook[0][indices].double()

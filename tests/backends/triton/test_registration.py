@@ -96,10 +96,11 @@ def test_backward_and_statistics_in_every_layout(layout, masked, operators, devi
         same(one, other)
     losses = torch.randn(2, device=device).unbind()
     for incoming in (torch.randn_like(z), torch.ones((), device=device).expand(z.shape)):
-        arguments = (incoming, *losses, z, codebook, indices, channel_dim, True)
-        found, expected = operators.quantize_backward(*arguments), eager.quantize_backward(*arguments)
-        same(found[0], expected[0])
-        same(found[1], expected[1])
+        for gradient in ("straight_through", "rotation"):
+            arguments = (incoming, *losses, z, codebook, indices, channel_dim, gradient, True)
+            found, expected = operators.quantize_backward(*arguments), eager.quantize_backward(*arguments)
+            same(found[0], expected[0])
+            same(found[1], expected[1])
 
 
 @pytest.mark.parametrize("layout", ["images, channels first", "heads, channels first", "every second channel"])
@@ -109,14 +110,14 @@ def test_what_the_kernels_write_is_what_is_returned(layout, operators, device, m
     monkeypatch.setattr(torch.Tensor, "copy_", lambda *_: pytest.fail("the result was copied"))
     quantized, indices, *_ = operators.quantize(z, codebook, None, channel_dim, "euclidean", "exact", False)
     one = torch.ones((), device=device)
-    operators.quantize_backward(torch.ones_like(z), one, one, z, codebook, indices, channel_dim, False)
+    operators.quantize_backward(torch.ones_like(z), one, one, z, codebook, indices, channel_dim, "rotation", False)
 
 
 def test_a_codebook_with_strides(operators, device):
     z, codebook = torch.randn(20, DIM, device=device), torch.randn(DIM, CODES, device=device).T
     indices, _ = operators.nearest(z, codebook, None, 1, "euclidean", "exact")
     one = torch.ones((), device=device)
-    arguments = (torch.ones_like(z), one, one, z, codebook, indices, 1, True)
+    arguments = (torch.ones_like(z), one, one, z, codebook, indices, 1, "rotation", True)
     found, expected = operators.quantize_backward(*arguments), eager.quantize_backward(*arguments)
     same(found[0], expected[0])
     same(found[1], expected[1])

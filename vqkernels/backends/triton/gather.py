@@ -1,8 +1,9 @@
 """Lookup, residual and their gradient: the elementwise kernels around the search.
 
 gather_kernel fuses lookup, output in z's type and layout, squared error and the keys of the statistics.
-grad_kernel fuses the straight-through gradient, the commitment gradient and the keys of the codebook's gradient.
-Neither materialises e[index] or z - e. Traffic: z once, the chosen codes (mostly from cache), the output once.
+grad_kernel fuses the straight-through or rotated gradient, the commitment gradient and the keys of the codebook's
+gradient. Neither materialises e[index] or z - e. Traffic: z once, the chosen codes (mostly from cache), the output
+once; the rotation walks over its rows four times, in cache.
 A poisoned row (NaN or infinity) gives output code 0, squared error NaN, gradient NaN and no key; a masked row is never
 read and gives output 0, gradient 0, no key. The key of a row is head · K + index, and heads · K for a row that counts
 nowhere, so that sorting keys puts the rows of one code together and the others last.
@@ -11,6 +12,7 @@ nowhere, so that sorting keys puts the rows of one code together and the others 
 import triton
 import triton.language as tl
 
+from vqkernels.backends.triton.rotation import rotation_sums
 from vqkernels.backends.triton.rows import live_rows, row_offsets, working
 
 
@@ -103,9 +105,13 @@ def grad_kernel(
     rows, positions, codes, stride_b, stride_h, stride_p, stride_d, code_stride_h, code_stride_k, code_stride_d,
     grad_stride_b, grad_stride_h, grad_stride_p, grad_stride_d,
     out_stride_b, out_stride_h, out_stride_p, out_stride_d,
-    DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, INTERPRETED: tl.constexpr,
+    DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, ROTATED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """grad_z = grad_quantized + grad_loss · 2 (z - e) / elements; an index of -1 marks a masked row."""
+    """grad_z = grad_quantized + grad_loss · 2 (z - e) / elements; an index of -1 marks a masked row.
+
+    ROTATED (which needs WIDE) replaces grad_quantized g by ratio (g - along_s s + along_q u), see rotation.py.
+    """
     head = tl.program_id(1)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = row < rows
@@ -121,12 +127,20 @@ def grad_kernel(
     factor = working(2.0 * tl.load(grad_loss).to(tl.float64) / tl.load(elements).to(tl.float64), WIDE)
 
     bad = poisoned_rows(z, live, stride_d, DIM, BM, BD, WIDE)
+    if ROTATED:
+        to_u, to_q, ratio, along_s, along_q, directed = rotation_sums(
+            z, codebook, grad_quantized, live, stride_d, code_stride_d, grad_stride_d, DIM, BM, BD
+        )
     for start in range(0, DIM, BD):
         d = start + tl.arange(0, BD)
         read = live[:, None] & (d < DIM)[None, :]
         x = working(tl.load(z + d[None, :] * stride_d, mask=read, other=0.0), WIDE)  # [BM, BD]
         e = working(tl.load(codebook + d[None, :] * code_stride_d, mask=read, other=0.0), WIDE)
         through = working(tl.load(grad_quantized + d[None, :] * grad_stride_d, mask=read, other=0.0), WIDE)
+        if ROTATED:
+            u = x * to_u[:, None]
+            turned = through - along_s[:, None] * (u + e * to_q[:, None]) + along_q[:, None] * u
+            through = tl.where(directed[:, None], ratio[:, None] * turned, through)
         gradient = tl.where(read, through + factor * (x - e), 0.0)
         gradient = tl.where(bad[:, None], float("nan"), gradient)
         stored = narrowed(gradient, grad_z.dtype.element_ty, INTERPRETED)

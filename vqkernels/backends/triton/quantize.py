@@ -63,12 +63,13 @@ def quantize_backward(
     z: torch.Tensor,
     codebook: torch.Tensor,
     indices: torch.Tensor,
+    gradient: str,
     codebook_gradient: bool,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(grad_z like z, or `out` filled; contiguous grad_codebook, or empty if not wanted). Index -1 marks a masked row.
 
-    grad_z = grad_quantized + grad_commitment_loss · 2 (z - e) / M
+    grad_z = grad_quantized + grad_commitment_loss · 2 (z - e) / M, grad_quantized rotated if gradient is "rotation"
     grad_codebook_k = grad_codebook_loss · Σ_{i→k} 2 (e_k - z_i) / M,  M = max(1, unmasked rows) · D
     """
     batch, heads, positions, dim = z.shape
@@ -76,13 +77,14 @@ def quantize_backward(
     elements = torch.count_nonzero(indices >= 0).clamp_min(1) * dim
     grad_z = torch.empty_like(z) if out is None else out
     keys = empty_keys(z, codes)
+    rotated = gradient == "rotation"
     with on_device(z):
         if keys.numel() > 0:
             grad_kernel[(triton.cdiv(rows, KEY_ROWS), heads)](
                 grad_quantized, grad_commitment_loss, elements, z, codebook, indices.contiguous(), grad_z, keys,
                 rows, positions, codes, *z.stride(), *codebook.stride(), *grad_quantized.stride(), *grad_z.stride(),
-                DIM=dim, BM=KEY_ROWS, BD=slab(dim), WIDE=wide(z) or wide(codebook), INTERPRETED=interpreted(),
-                **FUSED_ROUNDING,
+                DIM=dim, BM=KEY_ROWS, BD=slab(dim), WIDE=rotated or wide(z) or wide(codebook), ROTATED=rotated,
+                INTERPRETED=interpreted(), **FUSED_ROUNDING,
             )  # fmt: skip
         if not codebook_gradient:
             return grad_z, codebook.new_empty(0)

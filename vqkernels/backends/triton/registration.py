@@ -77,6 +77,7 @@ def _quantize_backward(
     codebook: Tensor,
     indices: Tensor,
     channel_dim: int,
+    gradient: str,
     codebook_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = layout_of(z, channel_dim, codebook.dim() == 3)
@@ -89,6 +90,7 @@ def _quantize_backward(
         layout.rows(z),
         _heads(codebook),
         layout.per_row(indices),
+        gradient,
         codebook_gradient,
         out=view,
     )
