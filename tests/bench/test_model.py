@@ -98,7 +98,7 @@ def test_a_model_that_is_mostly_its_quantizer_is_worth_it(models, capsys):
     predicted, measured = (
         float(line.split()[1][:-1]) for line in told.splitlines() if line[:8] in ("predicte", "measured")
     )
-    assert 0.5 < predicted / measured < 2
+    assert min(predicted, measured) > 1.5  # far from the threshold, whatever else the machine does
 
 
 def test_a_model_that_is_hardly_its_quantizer_is_not(models, capsys):
@@ -210,6 +210,12 @@ def test_what_has_no_counterpart_is_refused():
         find(nn.Sequential(peer(8, 16, heads=2)))
     with pytest.raises(ModelError, match="at 'model.quantizer' uses use_cosine_sim"):
         swapped(peer(8, 16, use_cosine_sim=True))
+
+
+@pytest.mark.parametrize("options,named", [({"heads": 2}, "heads=2"), ({"metric": "dot"}, "metric='dot'")])
+def test_a_layer_of_ours_without_a_one_hot_counterpart_is_refused(options, named):
+    with pytest.raises(UnknownQuantizer, match=f"the layer at '0' has {named}, which the usual one-hot layer has not"):
+        find(nn.Sequential(VectorQuantizer(8, 16, **options)))
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])

@@ -126,10 +126,16 @@ def _lucidrains(path: str, module: Any) -> Found:
 
 
 def _ours(path: str, module: VectorQuantizer) -> Found:
-    if module.metric != "euclidean":
-        raise UnknownQuantizer(
-            f"the layer at '{path}' uses metric='{module.metric}'; the one-hot layer has no such metric"
-        )
+    odd = {
+        f"metric='{module.metric}'": module.metric != "euclidean",
+        f"heads={module.heads}": module.heads != 1,
+        "projections": module.project_in is not None,
+        f"gradient='{getattr(module, 'gradient', '')}'": getattr(module, "gradient", "straight_through")
+        != "straight_through",
+    }
+    for name, used in odd.items():
+        if used:
+            raise UnknownQuantizer(f"the layer at '{path}' has {name}, which the usual one-hot layer has not")
 
     def counterpart() -> nn.Module:
         return OneHotQuantizer(
