@@ -21,7 +21,7 @@ LAYOUTS = {
 HEADS = {"one": (1, False), "shared": (2, False), "separate": (2, True)}
 MASKS = ("none", "mask", "lengths")
 METRICS = ("euclidean", "dot", "cosine")
-GRADIENTS = ("straight_through",)
+GRADIENTS = ("straight_through", "rotation")
 
 COMBINATIONS = [
     c
@@ -99,6 +99,7 @@ def check(seed, layout, heads, projects, masked, ema_decay, gradient, metric):
         beta=BETA,
         ema_decay=ema_decay,
         metric=metric,
+        gradient=gradient,
         channel_dim=channel_dim,
     ).double()
     layer.codebook.data.normal_()

@@ -65,9 +65,7 @@ def test_ranks_compute_what_one_process_does_on_the_joined_batch(ranks, alone, s
     local = rank_scenarios.LOCAL.get(scenario, set())
     for name, value in alone[scenario].items():
         if name not in local:
-            torch.testing.assert_close(
-                ranks[0][scenario][name], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}"
-            )
+            torch.testing.assert_close(ranks[0][scenario][name], value, rtol=1e-4, atol=1e-5, msg=f"{name} differs")
 
 
 def test_the_scenarios_revive_and_move(alone):

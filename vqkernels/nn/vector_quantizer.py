@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import registry
-from ..ops.checks import METRICS, PRECISIONS, check_choice
+from ..ops.checks import GRADIENTS, METRICS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
 from .checks import (
     check_channels,
@@ -41,6 +41,8 @@ class VectorQuantizer(TrainedCodebook):
             `update_codebook()` is called, once per optimizer step, for gradient accumulation.
         metric: "euclidean" or "dot", as in `vqkernels.nearest_code`; or "cosine": rows and codes are scaled to length
             one in float32, and search, result and losses are those of the scaled vectors.
+        gradient: "straight_through" (the paper) or "rotation" (Fifty et al. 2024): how the gradient of `quantized`
+            reaches z, as in `vqkernels.vector_quantize`.
         revive: "off", or "rows": a code that is hardly used becomes a row of the batch (see `vqkernels.nn.revival`).
         revive_threshold: how much of the mean usage of all codes a code needs to live, in (0, 1).
         seed: of every draw of the layer; equal on all ranks.
@@ -65,6 +67,7 @@ class VectorQuantizer(TrainedCodebook):
         ema_decay: float | None = None,
         ema_update: str = "forward",
         metric: str = "euclidean",
+        gradient: str = "straight_through",
         revive: str = "off",
         revive_threshold: float = 0.1,
         seed: int = 0,
@@ -87,6 +90,7 @@ class VectorQuantizer(TrainedCodebook):
         check_int("seed", seed)
         check_choice("ema_update", ema_update, ("forward", "manual"))
         check_choice("metric", metric, METRICS)
+        check_choice("gradient", gradient, GRADIENTS)
         check_choice("revive", revive, ("off", "rows"))
         check_choice("precision", precision, PRECISIONS)
         check_choice("backend", backend, registry.NAMES)
@@ -105,6 +109,7 @@ class VectorQuantizer(TrainedCodebook):
         )
         self.dim, self.codebook_size, self.codebook_dim, self.heads = dim, codebook_size, codebook_dim, heads
         self.separate_codebooks, self.beta, self.ema_update, self.metric = separate, beta, ema_update, metric
+        self.gradient = gradient
         self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
         projects = heads * codebook_dim != dim
         self.project_in = nn.Linear(dim, heads * codebook_dim) if projects else None
@@ -132,7 +137,7 @@ class VectorQuantizer(TrainedCodebook):
             freeze: leave codebook and statistics as they are, and give the codebook no gradient.
 
         Returns:
-            quantized: z's shape and dtype, with the straight-through gradient.
+            quantized: z's shape and dtype, with the gradient named by `gradient`.
             indices: int64, z's shape without channels; with several heads a last axis H follows.
             loss: 0-d; `codebook + beta * commitment`, or `beta * commitment` with EMA; in the space of the codes, mean
                 over all unmasked elements. Also in eval mode.
@@ -153,6 +158,7 @@ class VectorQuantizer(TrainedCodebook):
             unit(codebook) if self.metric == "cosine" else codebook,
             mask=rows.mask,
             metric="dot" if self.metric == "cosine" else self.metric,
+            gradient=self.gradient,
             precision=self.precision,
             channel_dim=rows.channel_dim,
             backend=self.backend,
@@ -227,6 +233,7 @@ _DEFAULTS = {
     "ema_decay": None,
     "ema_update": "forward",
     "metric": "euclidean",
+    "gradient": "straight_through",
     "revive": "off",
     "channel_dim": -1,
     "precision": "exact",
