@@ -234,6 +234,39 @@ bool same(double a, double b) { return a == b || (a != a && b != b); }
 // Sums of 8 partial sums differ from those of one by a few roundings.
 bool close(double a, double b) { return same(a, b) || fabs(a - b) <= 1e-11 * fabs(b); }
 
+// The rotation trick: |e|/|z| (g - 2 (g.s) s / (s.s) + 2 (g.q) u) for u = z/|z|, q = e/|e|, s = u + q, plus scale (z - e).
+// Rows whose norms leave the range of a plain computation, or whose code lies opposite to them, are not looked at.
+void check_rotation(const Case& c, const Block& z, const std::vector<char>& codes, const Block& incoming,
+                    const Block& rotated, double scale, int64_t row, int64_t index, bool finite) {
+  const int64_t d = c.channels;
+  const auto code = [&](int64_t i) { return read(codes.data(), c.code_type, index * d + i); };
+  if (index < 0 || !finite) {
+    for (int64_t i = 0; i < d; ++i)
+      if (!same(rotated.get(row, i), index < 0 ? 0.0 : std::nan(""))) fail(c, "a wrong rotated gradient of a row without one");
+    return;
+  }
+  double zz = 0.0, ee = 0.0, ss = 0.0, gs = 0.0, gq = 0.0, gg = 0.0;
+  for (int64_t i = 0; i < d; ++i) zz += z.get(row, i) * z.get(row, i), ee += code(i) * code(i);
+  const double z_norm = sqrt(zz), e_norm = sqrt(ee);
+  if (!(zz > 1e-200 && zz < 1e200 && ee > 1e-200 && ee < 1e200)) return;
+  for (int64_t i = 0; i < d; ++i) {
+    const double q = code(i) / e_norm, s = z.get(row, i) / z_norm + q, g = incoming.get(row, i);
+    ss += s * s, gs += g * s, gq += g * q, gg += g * g;
+  }
+  if (!(ss > 1e-4)) return;
+  for (int64_t i = 0; i < d; ++i) {
+    const double u = z.get(row, i) / z_norm, s = u + code(i) / e_norm, g = incoming.get(row, i);
+    const double ratio = e_norm / z_norm, shift = scale * (z.get(row, i) - code(i));
+    const double wanted = ratio * (g - 2 * gs / ss * s + 2 * gq * u) + shift, found = rotated.get(row, i);
+    const bool half = c.z_type == DType::f16;
+    const double rounding = half ? 0x1p-10 : c.z_type == DType::bf16 ? 0x1p-7 : c.z_type == DType::f32 ? 0x1p-23 : 0x1p-52;
+    const double slack = rounding * fabs(wanted) + 1e-9 * (ratio * sqrt(gg) + fabs(shift)) + (half ? 0x1p-24 : 1e-38);
+    const bool overflows = fabs(wanted) > (half ? 65000.0 : 3e38) && c.z_type != DType::f64;
+    if (!overflows && !(fabs(found - wanted) <= slack))
+      fail(c, "a wrong rotated gradient: " + std::to_string(found) + ", not " + std::to_string(wanted));
+  }
+}
+
 void check_tail(Random& random, const Case& c, const Block& z, const std::vector<char>& codes, const int64_t* index,
                 bool* finite) {
   const int64_t n = z.count(), k = c.size, d = c.channels;
@@ -261,11 +294,15 @@ void check_tail(Random& random, const Case& c, const Block& z, const std::vector
   Block incoming(random, c.z_type, c.batch, c.positions, d);
   for (int64_t r = 0; r < n; ++r)
     for (int64_t i = 0; i < d; ++i) incoming.set(r, i, random.normal());
-  const Block gradient(random, c.z_type, c.batch, c.positions, d);
+  const Block gradient(random, c.z_type, c.batch, c.positions, d), rotated(random, c.z_type, c.batch, c.positions, d);
   const double scale = random.normal();
-  for (int64_t begin = 0; begin < n; begin += c.chunk)
-    gradient_rows(z.rows(), book, incoming.rows(), scale, gradient.out(), begin, std::min(begin + c.chunk, n), index + begin,
+  for (int64_t begin = 0; begin < n; begin += c.chunk) {
+    const int64_t end = std::min(begin + c.chunk, n);
+    gradient_rows(z.rows(), book, incoming.rows(), Gradient::straight_through, scale, gradient.out(), begin, end,
+                  index + begin, finite + begin);
+    gradient_rows(z.rows(), book, incoming.rows(), Gradient::rotation, scale, rotated.out(), begin, end, index + begin,
                   finite + begin);
+  }
   std::vector<int32_t> chosen(n);
   for (int64_t r = 0; r < n; ++r) {
     chosen[r] = index[r] >= 0 && finite[r] ? int32_t(index[r]) : -1;
@@ -275,6 +312,7 @@ void check_tail(Random& random, const Case& c, const Block& z, const std::vector
                                            : as_z(incoming.get(r, i) + scale * (z.get(r, i) - code(index[r], i)));
       if (!same(gradient.get(r, i), wanted)) fail(c, "a wrong gradient");
     }
+    check_rotation(c, z, codes, incoming, rotated, scale, r, index[r], finite[r]);
   }
 
   const bool of_codebook = random.chance(0.5);

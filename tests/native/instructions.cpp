@@ -110,9 +110,14 @@ void fused_tail(Random& random) {
   count("gather channels first", elements, [&] {
     gather_rows(first, codes, {out.data(), n, 0, 1, n}, 0, n, index.data(), finite);
   });
-  count("gradient float32", elements, [&] {
-    gradient_rows(rows, codes, grad, 0.5, {out.data(), n, 0, d, 1}, 0, n, index.data(), reinterpret_cast<bool*>(written.data()));
-  });
+  const auto gradient_by = [&](const std::string& name, Gradient gradient) {
+    count(name, elements, [&] {
+      gradient_rows(rows, codes, grad, gradient, 0.5, {out.data(), n, 0, d, 1}, 0, n, index.data(),
+                    reinterpret_cast<bool*>(written.data()));
+    });
+  };
+  gradient_by("gradient", Gradient::straight_through);
+  gradient_by("gradient by rotation", Gradient::rotation);
   Segments segments;
   count("group by code", double(n), [&] { segments = group_by_code(code.data(), n, k); });
   const SegmentSum sum{rows, nullptr, 1.0, DType::f32, sums.data()}, apart{first, nullptr, 1.0, DType::f32, sums.data()},
