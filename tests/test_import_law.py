@@ -29,6 +29,8 @@ DRAWN = {
     "bench/report": {"bench/cases", "bench/run"},
     "bench/plot": {"bench/cases", "bench/report", "bench/run"},
     "nn/draws": {"nn/heads"},
+    "nn/orthogonal": {"nn/checks", "nn/normalisation"},
+    "nn/simvq": {"nn/checks", "nn/lookup", "nn/masks", "nn/metrics"},
     "nn/revival": {"nn/draws", "nn/heads", "nn/synchronisation"},
     "nn/codebook": {
         "nn/draws",
@@ -45,6 +47,7 @@ DRAWN = {
         "nn/codebook",
         "nn/heads",
         "nn/keep",
+        "nn/lookup",
         "nn/masks",
         "nn/normalisation",
         "nn/projection",

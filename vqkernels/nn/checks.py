@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -59,13 +58,3 @@ def check_channels(z: Any, dim: int, channel_dim: int) -> int:
     if not -z.dim() <= channel_dim < z.dim() or z.shape[channel_dim] != dim:
         raise ValueError(f"z must have {dim} channels at channel_dim={channel_dim}, got {list(z.shape)}")
     return channel_dim % z.dim()
-
-
-def check_indices(indices: Any, heads: int) -> None:
-    """Integers, with a trailing axis of one code per head where there are several heads."""
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices must be an int64 or int32 tensor, got {type(indices).__name__}")
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
-    if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
-        raise ValueError(f"indices must have {heads} heads on the last axis, got {list(indices.shape)}")

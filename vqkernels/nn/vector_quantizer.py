@@ -10,7 +10,6 @@ from .checks import (
     check_channels,
     check_decay,
     check_flag,
-    check_indices,
     check_int,
     check_number,
     check_positive,
@@ -19,6 +18,7 @@ from .checks import (
 from .codebook import TrainedCodebook
 from .heads import Heads, Rows
 from .keep import keep
+from .lookup import check_indices, look_up
 from .masks import row_mask, zero_masked
 from .normalisation import unit
 from .projection import project
@@ -198,18 +198,8 @@ class VectorQuantizer(TrainedCodebook):
             check: on a GPU, check the range at the price of one synchronisation. Without it, and always while
                 compiling, a row out of range becomes NaN. On the CPU the range is always checked.
         """
-        check_indices(indices, self.heads)
-        outside = (indices < -1) | (indices >= self.codebook_size)
-        if not torch.compiler.is_compiling() and (check or indices.device.type == "cpu") and bool(outside.any()):
-            worst = int(indices[outside].flatten()[0])
-            raise IndexError(f"indices must be in [-1, {self.codebook_size - 1}], got {worst}")
-        inside = indices.clamp(0, self.codebook_size - 1)
-        if self.separate_codebooks:
-            codes = self.codes[torch.arange(self.heads, device=indices.device), inside]
-        else:
-            codes = self.codes[inside]
-        codes = torch.where((indices < 0).unsqueeze(-1), 0.0, codes)
-        codes = torch.where(outside.unsqueeze(-1), torch.nan, codes)
+        check_indices(indices, self.codebook_size, self.heads, check)
+        codes = look_up(self.codes, indices)
         codes = codes.flatten(-2) if self.heads > 1 else codes
         if self.project_out is not None:
             masked = (indices == -1).all(-1) if self.heads > 1 else indices == -1

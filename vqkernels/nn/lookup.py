@@ -1,0 +1,41 @@
+"""Codes of indices: what decoding is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_indices(indices: Any, codebook_size: int, heads: int, check: bool) -> None:
+    """Checks type and heads, and the range [-1, codebook_size) where the device can be asked.
+
+    On the CPU the range is always checked, elsewhere if `check`, at the price of one synchronisation; never while
+    compiling.
+    """
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
+    if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
+        raise ValueError(f"indices must have {heads} heads on the last axis, got {list(indices.shape)}")
+    if torch.compiler.is_compiling() or not (check or indices.device.type == "cpu"):
+        return
+    outside = (indices < -1) | (indices >= codebook_size)
+    if bool(outside.any()):
+        raise IndexError(f"indices must be in [-1, {codebook_size - 1}], got {int(indices[outside].flatten()[0])}")
+
+
+def look_up(codes: Tensor, indices: Tensor) -> Tensor:
+    """Codes `(..., D)` of `indices`; -1 gives zeros, a value out of range NaN.
+
+    Args:
+        codes: `(K, D)`, or `(H, K, D)` with H on the last axis of `indices`; the result is then `(..., H, D)`.
+    """
+    size = codes.shape[-2]
+    inside = indices.clamp(0, size - 1)
+    if codes.dim() == 3:
+        found = codes[torch.arange(len(codes), device=indices.device), inside]
+    else:
+        found = codes[inside]
+    found = torch.where((indices < 0).unsqueeze(-1), 0.0, found)
+    return torch.where(((indices < -1) | (indices >= size)).unsqueeze(-1), torch.nan, found)

@@ -1,0 +1,113 @@
+"""SimVQ (Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer")."""
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import registry
+from ..ops.checks import GRADIENTS, PRECISIONS, check_choice
+from ..ops.quantize import quantize_with_statistics
+from . import metrics
+from .checks import check_channels, check_int, check_number, check_size
+from .lookup import check_indices, look_up
+from .masks import row_mask
+
+
+class SimVQ(nn.Module):
+    """Codes that are one learned linear map of frozen random vectors: every step moves all of them.
+
+    Args:
+        dim: channels of z and of the codes.
+        codebook_size: K.
+        basis_dim: channels of the frozen vectors; `dim` when None.
+        beta: weight of the commitment loss.
+        gradient, precision, backend: as in `vqkernels.vector_quantize`.
+        channel_dim: the axis of z that holds the channels.
+
+    State: `basis (K, basis_dim)` float32, a buffer, normal with variance 1 / basis_dim; `transform.weight
+    (dim, basis_dim)`; `counts (K,)` int64 of the last training step. The codes are `basis @ transform.weight.T`.
+    """
+
+    basis: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        basis_dim: int | None = None,
+        beta: float = 0.25,
+        gradient: str = "straight_through",
+        channel_dim: int = -1,
+        precision: str = "exact",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        basis_dim = dim if basis_dim is None else basis_dim
+        for name, size in (("dim", dim), ("codebook_size", codebook_size), ("basis_dim", basis_dim)):
+            check_size(name, size)
+        check_number("beta", beta, 0)
+        check_int("channel_dim", channel_dim)
+        check_choice("gradient", gradient, GRADIENTS)
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("backend", backend, registry.NAMES)
+        self.dim, self.codebook_size, self.beta, self.gradient = dim, codebook_size, beta, gradient
+        self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
+        self.register_buffer("basis", torch.empty(codebook_size, basis_dim))
+        self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64))
+        self.transform = nn.Linear(basis_dim, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws basis and transform anew and clears the counts."""
+        self.basis.normal_(std=self.basis.shape[1] ** -0.5)
+        self.transform.reset_parameters()
+        self.counts.zero_()
+
+    @property
+    def codes(self) -> Tensor:
+        """The vectors that are looked up, `(K, dim)`, with their gradient to the transform."""
+        return self.transform(self.basis.to(self.transform.weight.dtype))
+
+    def forward(
+        self, z: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantizes z; arguments and results as in `VectorQuantizer.forward`, loss = codebook + beta * commitment."""
+        channel_dim = check_channels(z, self.dim, self.channel_dim)
+        result = quantize_with_statistics(
+            z,
+            self.codes,
+            mask=row_mask(z, channel_dim, mask, lengths),
+            gradient=self.gradient,
+            precision=self.precision,
+            channel_dim=channel_dim,
+            backend=self.backend,
+            statistics=self.training,
+        )
+        if self.training:
+            self.counts.copy_(result.counts[0])
+        return result.quantized, result.indices, result.codebook_loss + self.beta * result.commitment_loss
+
+    def decode(self, indices: Tensor, *, check: bool = True) -> Tensor:
+        """Codes of `indices`, laid out like z; as `VectorQuantizer.decode`."""
+        check_indices(indices, self.codebook_size, 1, check)
+        return look_up(self.codes, indices).movedim(-1, self.channel_dim)
+
+    @property
+    def perplexity(self) -> Tensor:
+        """exp of the entropy of the last training step's code frequencies, 0-d."""
+        return metrics.perplexity(self.counts)
+
+    @property
+    def usage(self) -> Tensor:
+        """Fraction of codes that the last training step used, 0-d."""
+        return metrics.usage(self.counts)
+
+    @property
+    def dead_codes(self) -> Tensor:
+        """Number of codes that the last training step did not use, 0-d int64."""
+        return metrics.dead_codes(self.counts)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.codebook_size}, beta={self.beta}, gradient={self.gradient!r}"
