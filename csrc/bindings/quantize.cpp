@@ -1,11 +1,21 @@
 // vqkernels::quantize and its backward on the CPU: search, look-up, squared error and statistics of a chunk of rows
-// while it is in cache.
+// while it is in cache; vqkernels::lookup, the same without the search.
 #include "../cpu/quantize.h"
 
 #include "../cpu/nearest.h"
 #include "segments.h"
 
 namespace vqkernels {
+
+// Indices that are given rather than found: int64, contiguous, one per row, in [-1, size).
+void check_indices(const Tensor& indices, const Layout& layout, const Tensor& codebook) {
+  const int64_t size = codebook.size(codebook.dim() - 2), all = layout.heads * layout.rows();
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.numel() == all,
+                  "indices must be int64 with one element per row");
+  const int64_t* data = static_cast<const int64_t*>(indices.const_data_ptr());
+  STD_TORCH_CHECK(std::all_of(data, data + all, [size](int64_t k) { return k >= -1 && k < size; }),
+                  "indices hold a code out of range");
+}
 
 // -> quantized (z's shape, dtype and layout), indices int64 of z's shape without channels, squared_error () float64,
 // counts (heads, size) int64 and sums (heads, size, channels), both empty unless `statistics`.
@@ -63,6 +73,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z_
   return {quantized, indices, squared_error, out.counts, out.sums};
 }
 
+// What quantize makes of rows whose indices are given, in [-1, size): quantized, squared_error, counts, sums. A row counts
+// nowhere where its index is -1 or its mask false, and is not read then.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lookup_cpu(const Tensor& z_in, const Tensor& codebook_in,
+                                                      const Tensor& indices_in, std::optional<Tensor> mask,
+                                                      int64_t channel_dim, bool statistics) {
+  const bool batched = is_batched(codebook_in);
+  const Tensor z = mergeable(z_in, channel_dim, batched), codebook = torch::stable::contiguous(codebook_in);
+  const Tensor indices = torch::stable::contiguous(indices_in);
+  if (mask) mask = torch::stable::contiguous(*mask);
+  const Layout layout = layout_of(z, channel_dim, batched);
+  check_search(layout, codebook, mask);
+  check_indices(indices, layout, codebook);
+  const int64_t rows = layout.rows(), size = codebook.size(codebook.dim() - 2);
+  Tensor quantized = torch::stable::empty_like(z);
+  const Tensor written = mergeable(quantized, channel_dim, batched);
+  const Layout out_layout = layout_of(written, channel_dim, batched);
+  Tensor squared_error = torch::stable::empty({}, ScalarType::Double);
+  Statistics out = statistics ? empty_statistics(z, layout, size) : no_statistics(z);
+  std::vector<double> partial((rows + kBlock - 1) / kBlock);
+  std::vector<int32_t> code(statistics ? rows : 0);
+  double error = 0.0;
+
+  for (int64_t head = 0; head < layout.heads; ++head) {
+    const Rows view = rows_of(z, layout, head);
+    const Codes codes = codes_of(codebook, head);
+    const RowsOut target = rows_out_of(written, out_layout, head);
+    const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) + head * rows : nullptr;
+    const int64_t* given = static_cast<const int64_t*>(indices.const_data_ptr()) + head * rows;
+    parallel_for((rows + kBlock - 1) / kBlock, 8, [&](int64_t first, int64_t last) {
+      bool finite[kBlock];
+      int64_t index[kBlock];
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block * kBlock, end = std::min(begin + kBlock, rows);
+        for (int64_t row = begin; row < end; ++row)
+          index[row - begin] = kept == nullptr || kept[row] ? given[row] : kMasked;
+        mark_finite(view, begin, end, index, finite);
+        partial[block] = gather_rows(view, codes, target, begin, end, index, finite);
+        for (int64_t row = begin; statistics && row < end; ++row)
+          code[row] = finite[row - begin] ? int32_t(index[row - begin]) : -1;
+      }
+    });
+    for (double part : partial) error += part;
+    if (statistics) write_statistics(view, code, size, head, out);
+  }
+  if (written.mutable_data_ptr() != quantized.mutable_data_ptr()) torch::stable::copy_(quantized, written);
+  *static_cast<double*>(squared_error.mutable_data_ptr()) = error;
+  return {quantized, squared_error, out.counts, out.sums};
+}
+
 Gradient gradient_of(const std::string& name) {
   if (name == "straight_through") return Gradient::straight_through;
   STD_TORCH_CHECK(name == "rotation", "gradient must be 'straight_through' or 'rotation', got '", name, "'");
@@ -86,8 +145,7 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
   STD_TORCH_CHECK(incoming.scalar_type() == z.scalar_type() && incoming.numel() == z.numel() &&
                       in_layout.channels == layout.channels && in_layout.heads == layout.heads,
                   "grad_quantized must have z's dtype and shape");
-  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.numel() == layout.heads * layout.rows(),
-                  "indices must be int64 with one element per row");
+  check_indices(indices, layout, codebook);
   const auto scalar = [](const Tensor& x) {
     return dtype_of(x) == DType::f64 ? *static_cast<const double*>(x.const_data_ptr())
                                      : double(*static_cast<const float*>(x.const_data_ptr()));
@@ -95,8 +153,6 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
   const int64_t rows = layout.rows(), size = codebook.size(codebook.dim() - 2);
   const int64_t* indices_data = static_cast<const int64_t*>(indices.const_data_ptr());
   const int64_t all = rows * layout.heads;
-  STD_TORCH_CHECK(std::all_of(indices_data, indices_data + all, [size](int64_t k) { return k >= -1 && k < size; }),
-                  "indices hold a code out of range");
   const int64_t unmasked = all - std::count(indices_data, indices_data + all, int64_t(-1));
   const double mean = 2.0 / (double(std::max<int64_t>(unmasked, 1)) * double(layout.channels));
   const double commitment = scalar(grad_commitment_loss) * mean, loss = scalar(grad_codebook_loss) * mean;
@@ -133,6 +189,7 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize_cpu));
+  m.impl("lookup", TORCH_BOX(&lookup_cpu));
   m.impl("quantize_backward", TORCH_BOX(&quantize_backward_cpu));
 }
 

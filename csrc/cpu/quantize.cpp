@@ -104,6 +104,17 @@ double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantize
   return total;
 }
 
+void mark_finite(const Rows& z, int64_t begin, int64_t end, const int64_t* index, bool* finite) {
+  std::vector<double> poison(end - begin, 0.0);  // x * 0 is NaN exactly where x is not finite
+  with_type(z.dtype, [&](auto* z_type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(z_type)>>;
+    walk(z, 0, end - begin, [&](int64_t i, int64_t d) {
+      if (index[i] >= 0) poison[i] += double(widen(at<T>(z, begin + i)[d * z.channel_stride])) * 0.0;
+    });
+  });
+  for (int64_t i = 0; i < end - begin; ++i) finite[i] = poison[i] == 0.0;
+}
+
 void gradient_rows(const Rows& z, const Codes& codebook, const Rows& grad_quantized, Gradient gradient, double scale,
                    const RowsOut& grad_z, int64_t begin, int64_t end, const int64_t* index, bool* finite) {
   const int64_t channels = z.channels, count = end - begin;

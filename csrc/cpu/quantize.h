@@ -22,6 +22,10 @@ struct RowsOut {
 double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantized, int64_t begin, int64_t end,
                    const int64_t* index, const bool* finite);
 
+// finite[i] <- whether row begin + i holds finite values only, for rows [begin, end) with index >= 0; the others are not
+// read.
+void mark_finite(const Rows& z, int64_t begin, int64_t end, const int64_t* index, bool* finite);
+
 // How the gradient of quantized reaches z: unchanged, or rotated (rotation.h).
 enum class Gradient : int { straight_through, rotation };
 

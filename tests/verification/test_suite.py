@@ -52,6 +52,10 @@ def unrotated(results, *arguments):
     return quantize.quantize_backward.eager(*arguments[:7], "straight_through", arguments[8])
 
 
+def next_code(results, z, codebook, indices, *arguments):
+    return quantize.lookup.eager(z, codebook, (indices + 1).clamp_max(codebook.shape[-2] - 1), *arguments)
+
+
 def halved_gradient(results, *_):
     return [results[0], results[1] / 2]
 
@@ -61,6 +65,7 @@ def halved_gradient(results, *_):
     [
         (nearest, "nearest", highest_tie, "index equals the contract's, common sizes"),
         (quantize, "quantize", unwritten_row, "looked-up values and losses"),
+        (quantize, "lookup", next_code, "given indices give the bits of the search"),
         (statistics, "statistics", lost_row, "counts exact, sums to rounding"),
         (quantize, "quantize_backward", halved_gradient, "gradients equal the reference's"),
         (quantize, "quantize_backward", unrotated, "rotated gradients equal the reference's"),

@@ -192,27 +192,39 @@ def quantize(
     statistics_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Look-up, indices, squared error and statistics; see `vqkernels.ops.quantize`."""
-    batched = codebook.dim() == 3
-    layout, codes = layout_of(z, channel_dim, batched), _heads(codebook)
     indices, _ = nearest(z, codebook, mask, channel_dim, metric, precision)
+    quantized, error, counts, sums = lookup(z, codebook, indices, None, channel_dim, statistics_wanted)
+    return quantized, indices, error, counts, sums
+
+
+def lookup(
+    z: Tensor, codebook: Tensor, indices: Tensor, mask: Tensor | None, channel_dim: int, statistics_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What follows the search, for given indices in [-1, K); see `vqkernels.ops.quantize`."""
+    batched, size = codebook.dim() == 3, codebook.shape[-2]
+    layout, codes = layout_of(z, channel_dim, batched), _heads(codebook)
+    if z.device.type == "cpu" and bool(((indices < -1) | (indices >= size)).any()):
+        raise RuntimeError("indices hold a code out of range")
+    if mask is not None:
+        indices = torch.where(mask, indices, -1)
     rows, chosen = layout.rows(z), layout.per_row(indices)
     quantized = torch.empty_like(rows)
     error = torch.zeros((), dtype=torch.float64, device=z.device)
     for head in range(rows.shape[1]):
-        code = codes[head][chosen[:, head].clamp_min(0)]
-        kept = (chosen[:, head] >= 0).unsqueeze(-1)
+        index = chosen[:, head].unsqueeze(-1)
+        code = torch.where(index < size, codes[head][index.squeeze(-1).clamp(0, size - 1)], torch.nan)
+        kept = index >= 0
         quantized[:, head] = torch.where(kept, code, 0.0).to(z.dtype)
         wide = rows[:, head].to(torch.float64)
         error += torch.where(kept, wide - code.to(torch.float64), 0.0).square().sum()
         # The square of an infinity is not NaN: a row that is not finite makes the error NaN by contract.
         error += torch.where(kept, wide * 0.0, 0.0).sum()
     if statistics_wanted:
-        counts, sums = statistics(z, indices, codebook.shape[-2], None, channel_dim, batched)
+        counts, sums = statistics(z, torch.where(indices < size, indices, -1), size, None, channel_dim, batched)
     else:
         counts = indices.new_empty(0)
         sums = z.new_empty(0, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
-    out = empty_rows(z, layout)
-    return out.copy_(layout.restore_rows(quantized)), indices, error, counts, sums
+    return empty_rows(z, layout).copy_(layout.restore_rows(quantized)), error, counts, sums
 
 
 def quantize_backward(
@@ -237,8 +249,8 @@ def quantize_backward(
         code = chosen[:, head]
         kept = (code >= 0).unsqueeze(-1)
         wide = torch.where(kept, rows[:, head], 0.0).to(torch.float64)
-        finite = wide.isfinite().all(-1, keepdim=True)
-        chosen_codes = codes[head][code.clamp_min(0)].to(torch.float64)
+        finite = wide.isfinite().all(-1, keepdim=True) & (code < codes.shape[1]).unsqueeze(-1)
+        chosen_codes = codes[head][code.clamp(0, codes.shape[1] - 1)].to(torch.float64)
         residual = wide - chosen_codes
         through = incoming[:, head].to(torch.float64)
         if gradient == "rotation":

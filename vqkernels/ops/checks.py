@@ -54,6 +54,19 @@ def check_mask(mask: Tensor | None, z: Tensor, channel_dim: int) -> None:
         raise ValueError(f"mask must be on z's device {z.device}, got {mask.device}")
 
 
+def check_indices(indices: Tensor | None, z: Tensor, channel_dim: int) -> None:
+    """Indices are int64, on z's device, and have z's shape without the channel axis. Their range is not looked at."""
+    if indices is None:
+        return
+    expected = row_shape(z, channel_dim)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices))}")
+    if tuple(indices.shape) != expected:
+        raise ValueError(f"indices must have z's shape without channels, {list(expected)}, got {_shape(indices)}")
+    if indices.device != z.device:
+        raise ValueError(f"indices must be on z's device {z.device}, got {indices.device}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of a few names, or a sentence that lists them."""
     if value not in choices:

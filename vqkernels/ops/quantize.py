@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..backends import eager, registry
 from ..backends.layout import empty_rows, layout_of
-from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_mask, check_rows, row_shape
+from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_indices, check_mask, check_rows, row_shape
 from .registration import Operation
 
 
@@ -31,6 +31,13 @@ def _fake_forward(
         z.new_empty((heads, codebook.shape[-2]) if statistics else (0,), dtype=torch.int64),
         z.new_empty((heads, *codebook.shape[-2:]) if statistics else (0,), dtype=sums),
     )
+
+
+def _fake_lookup(
+    z: Tensor, codebook: Tensor, indices: Tensor, mask: Tensor | None, channel_dim: int, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    quantized, _, squared_error, counts, sums = _fake_forward(z, codebook, mask, channel_dim, "", "", statistics)
+    return quantized, squared_error, counts, sums
 
 
 def _fake_backward(
@@ -57,6 +64,13 @@ quantize = Operation(
     _fake_forward,
     eager.quantize,
 )
+lookup = Operation(
+    "lookup",
+    "(Tensor z, Tensor codebook, Tensor indices, Tensor? mask, int channel_dim, bool statistics)"
+    " -> (Tensor quantized, Tensor squared_error, Tensor counts, Tensor sums)",
+    _fake_lookup,
+    eager.lookup,
+)
 quantize_backward = Operation(
     "quantize_backward",
     "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor z, Tensor codebook,"
@@ -77,6 +91,7 @@ class VectorQuantizeFunction(torch.autograd.Function):
         z: Tensor,
         codebook: Tensor,
         mask: Tensor | None,
+        given: Tensor | None,
         channel_dim: int,
         metric: str,
         precision: str,
@@ -84,17 +99,25 @@ class VectorQuantizeFunction(torch.autograd.Function):
         gradient: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        quantized, indices, squared_error, counts, sums = quantize(
-            backend, z, codebook, mask, channel_dim, metric, precision, statistics
-        )
-        elements = max(z.numel(), 1) if mask is None else (mask.sum() * codebook.shape[-1]).clamp_min(1)
+        kept = mask
+        if given is None:
+            quantized, indices, squared_error, counts, sums = quantize(
+                backend, z, codebook, mask, channel_dim, metric, precision, statistics
+            )
+        else:
+            indices = given.clone() if mask is None else torch.where(mask, given, -1)
+            kept = indices >= 0
+            quantized, squared_error, counts, sums = lookup(
+                backend, z, codebook, indices, None, channel_dim, statistics
+            )
+        elements = max(z.numel(), 1) if kept is None else (kept.sum() * codebook.shape[-1]).clamp_min(1)
         wide = torch.float64 in (z.dtype, codebook.dtype)
         loss = (squared_error / elements).to(torch.float64 if wide else torch.float32)
         return quantized, indices, loss, loss.clone(), counts, sums
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        z, codebook, _, channel_dim, _, _, _, gradient, backend = inputs
+        z, codebook, _, _, channel_dim, _, _, _, gradient, backend = inputs
         _, indices, _, _, counts, sums = output
         ctx.mark_non_differentiable(indices, counts, sums)
         ctx.save_for_backward(z, codebook, indices)
@@ -113,7 +136,7 @@ class VectorQuantizeFunction(torch.autograd.Function):
             ctx.needs_input_grad[1],
             backend,
         )
-        return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, *(7 * [None])
+        return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, *(8 * [None])
 
 
 class _QuantizeBackward(torch.autograd.Function):
@@ -168,16 +191,23 @@ def quantize_with_statistics(
     channel_dim: int = -1,
     backend: str = "auto",
     statistics: bool = True,
+    indices: Tensor | None = None,
 ) -> Quantization:
-    """`vector_quantize` with the statistics of the same rows: counts `(heads, K)`, sums `(heads, K, D)`."""
+    """`vector_quantize` with the statistics of the same rows: counts `(heads, K)`, sums `(heads, K, D)`.
+
+    `indices` (int64, z's shape without channels, in [-1, K)) skips the search, as after sampling: everything else is as
+    if the search had found them. -1 marks a row like a mask does. Out of range they raise on the CPU; elsewhere such a
+    row becomes NaN and makes the losses NaN. `metric` and `precision` mean nothing then.
+    """
     check_choice("metric", metric, METRICS)
     check_choice("gradient", gradient, GRADIENTS)
     check_choice("precision", precision, PRECISIONS)
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
+    check_indices(indices, z, channel_dim)
     chosen = registry.resolve(backend, z.device.type)
     options = (channel_dim, metric, precision, statistics, gradient, chosen)
-    return Quantization(*VectorQuantizeFunction.apply(z, codebook, mask, *options))
+    return Quantization(*VectorQuantizeFunction.apply(z, codebook, mask, indices, *options))
 
 
 def vector_quantize(

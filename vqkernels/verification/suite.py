@@ -178,6 +178,22 @@ def sums_and_counts(place: Place) -> Iterator[Case]:
             yield f"{name}, {types[0]}/{types[1]}, {place.sizes[which]}", case
 
 
+def given_indices(place: Place) -> Iterator[Case]:
+    """The indices that the search found give its every bit once more; under the mask stands another index."""
+    for name, make in LAYOUTS.items():
+        for masked in (False, True):
+
+            def case(make=make, masked=masked) -> bool:
+                z, channel_dim, codebook, mask = make(masked, place.device)
+                arguments: dict[str, Any] = {"channel_dim": channel_dim, "mask": mask, "backend": place.backend}
+                searched = quantize_with_statistics(z, codebook, **arguments)
+                given = searched.indices if mask is None else searched.indices.where(mask, 5)
+                found = quantize_with_statistics(z, codebook, indices=given, **arguments)
+                return all(x.equal(y) for x, y in zip(found, searched, strict=True))
+
+            yield f"{name}{', masked' * masked}", case
+
+
 def repeated_bits(place: Place) -> Iterator[Case]:
     for name in ("gaussian", "clustered", "collapsed"):
 
@@ -266,6 +282,7 @@ CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
     ("nearest", "fast is within sixteen-bit rounding", fast_is_nearly_nearest),
     ("quantize", "layouts and masks, masked rows unread", layouts_and_masks),
     ("quantize", "looked-up values and losses", values_and_loss),
+    ("lookup", "given indices give the bits of the search", given_indices),
     ("statistics", "counts exact, sums to rounding", sums_and_counts),
     ("backward", "gradients equal the reference's", gradients),
     ("backward", "rotated gradients equal the reference's", rotated_gradients),

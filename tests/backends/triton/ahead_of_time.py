@@ -24,7 +24,7 @@ import triton
 from benchmarks import triton_budget
 from benchmarks.triton_budget import CHIPS, MATRIX, compile_launch, instructions, recorded
 from vqkernels.backends.triton.nearest import nearest
-from vqkernels.backends.triton.quantize import quantize, quantize_backward
+from vqkernels.backends.triton.quantize import lookup, quantize, quantize_backward
 from vqkernels.backends.triton.statistics import statistics
 
 CACHE = Path(__file__).parents[3] / "build" / "ahead_of_time.json"
@@ -50,6 +50,7 @@ def exercise(dim, codes, z_type, code_type, metric, masked, rows=ROWS):
     *_, indices = quantize(z, codebook, mask, metric, "exact", True)[:2]
     indices.zero_()
     statistics(z, indices, codes, mask)
+    lookup(z, codebook, indices, True)
     one = torch.ones(())
     for gradient in ("straight_through", "rotation"):
         quantize_backward(z, one, one, z, codebook, indices, gradient, True)

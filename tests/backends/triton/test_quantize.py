@@ -8,6 +8,7 @@ from vqkernels import reference
 
 triton_quantize = pytest.importorskip("vqkernels.backends.triton.quantize", reason="triton is not installed")
 
+GRADIENTS = ["straight_through", "rotation"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -66,6 +67,25 @@ def test_poisoned_and_masked_rows(device):
     torch.testing.assert_close(float(error), float(expected[2]) * 17 * 12, rtol=1e-6, atol=0)
 
 
+def test_a_given_index_beyond_the_codebook_makes_its_row_nan_and_nothing_else(device):
+    z, codebook = (x.to(device) for x in hostile.make("three dimensions"))
+    indices = torch.randint(len(codebook), (1, 1, len(z)), device=device)
+    indices[0, 0, [4, 9]] = torch.tensor([len(codebook), 2**40], device=device)
+    quantized, error, counts, sums = triton_quantize.lookup(z[None, None], codebook[None], indices, True)
+    others = torch.ones(len(z), dtype=torch.bool, device=device)
+    others[[4, 9]] = False
+    assert quantized[0, 0, [4, 9]].isnan().all() and error.isnan()
+    assert torch.equal(quantized[0, 0, others], codebook[indices[0, 0, others]])
+    assert int(counts.sum()) == len(z) - 2 and sums.isfinite().all()
+    one = torch.ones((), device=device)
+    for gradient in GRADIENTS:
+        grad_z, grad_codebook = triton_quantize.quantize_backward(
+            z[None, None], one, one, z[None, None], codebook[None], indices, gradient, True
+        )
+        assert grad_z[0, 0, [4, 9]].isnan().all() and grad_z[0, 0, others].isfinite().all()
+        assert grad_codebook.isfinite().all()
+
+
 def test_no_rows(device):
     quantized, indices, error, counts, _ = forward(torch.zeros(0, 3), torch.zeros(4, 3), device)
     assert quantized.shape == (1, 1, 0, 3)
@@ -97,9 +117,6 @@ def gradients(z, codebook, mask, incoming, device, dtype, gradient="straight_thr
         gradient, True,
     )  # fmt: skip
     return (got[0][0, 0].cpu(), got[1][0].cpu()), (a.grad, b.grad)
-
-
-GRADIENTS = ["straight_through", "rotation"]
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

@@ -94,6 +94,9 @@ def test_backward_and_statistics_in_every_layout(layout, masked, operators, devi
     counted = (z, indices, CODES, mask, channel_dim, batched)
     for one, other in zip(operators.statistics(*counted), eager.statistics(*counted), strict=True):
         same(one, other)
+    given = (z, codebook, indices.clamp_min(0), mask, channel_dim, True)
+    for one, other in zip(operators.lookup(*given), eager.lookup(*given), strict=True):
+        same(one, other)
     losses = torch.randn(2, device=device).unbind()
     for incoming in (torch.randn_like(z), torch.ones((), device=device).expand(z.shape)):
         for gradient in ("straight_through", "rotation"):

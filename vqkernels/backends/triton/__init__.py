@@ -1,6 +1,6 @@
 """Triton kernels for sm_80 and newer. Importing this package needs no Triton; importing its kernels does.
 
-nearest.nearest          statistics.statistics          quantize.quantize, quantize.quantize_backward
+nearest.nearest          statistics.statistics          quantize.quantize, .lookup, .quantize_backward
 """
 
 from __future__ import annotations

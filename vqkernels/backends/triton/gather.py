@@ -44,32 +44,36 @@ def poisoned_rows(
 
 @triton.jit
 def gather_kernel(
-    z, codebook, indices, mask, out, partial_error, keys,
+    z, codebook, indices, out, partial_error, keys,
     rows, positions, codes, stride_b, stride_h, stride_p, stride_d, code_stride_h, code_stride_k, code_stride_d,
-    out_stride_b, out_stride_h, out_stride_p, out_stride_d, mask_b, mask_h, mask_p,
-    DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-    KEYS: tl.constexpr, INTERPRETED: tl.constexpr,
+    out_stride_b, out_stride_h, out_stride_p, out_stride_d,
+    DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    """An index of -1 marks a masked row, one of `codes` or more a poisoned row whose code is NaN."""
     head = tl.program_id(1)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = row < rows
-    live = live_rows(row, rows, positions, mask, head, mask_b, mask_h, mask_p, MASKED)
     z += row_offsets(row, positions, stride_b, stride_p)[:, None] + head.to(tl.int64) * stride_h
     out += row_offsets(row, positions, out_stride_b, out_stride_p)[:, None] + head.to(tl.int64) * out_stride_h
     index_at = row_offsets(row, positions, tl.num_programs(1) * positions, 1) + head.to(tl.int64) * positions
-    index = tl.load(indices + index_at, mask=live, other=0)  # [BM]
+    index = tl.load(indices + index_at, mask=inside, other=-1)  # [BM]
+    live = index >= 0
+    known = live & (index < codes)
+    index = tl.where(known, index, 0)
     codebook += head.to(tl.int64) * code_stride_h + index[:, None] * code_stride_k
 
     error = tl.zeros((BM,), tl.float64 if WIDE else tl.float32)
-    bad = poisoned_rows(z, live, stride_d, DIM, BM, BD, WIDE)
+    bad = poisoned_rows(z, live, stride_d, DIM, BM, BD, WIDE) | (live & (known == 0))
     for start in range(0, DIM, BD):
         d = start + tl.arange(0, BD)
         read = live[:, None] & (d < DIM)[None, :]
-        e = tl.load(codebook + d[None, :] * code_stride_d, mask=read, other=0.0)  # [BM, BD]
+        e = working(tl.load(codebook + d[None, :] * code_stride_d, mask=read, other=0.0), WIDE)  # [BM, BD]
+        e = tl.where((live & (known == 0))[:, None], float("nan"), e)
         x = working(tl.load(z + d[None, :] * stride_d, mask=read, other=0.0), WIDE)
-        stored = narrowed(working(e, WIDE), out.dtype.element_ty, INTERPRETED)
+        stored = narrowed(e, out.dtype.element_ty, INTERPRETED)
         tl.store(out + d[None, :] * out_stride_d, stored, mask=inside[:, None] & (d < DIM)[None, :])
-        residual = x - working(e, WIDE)
+        residual = x - e
         error += tl.sum(residual * residual, axis=1)
     error = tl.where(bad, float("nan"), error)
     at = head * tl.num_programs(0) + tl.program_id(0)
@@ -108,7 +112,7 @@ def grad_kernel(
     DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, ROTATED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """grad_z = grad_quantized + grad_loss · 2 (z - e) / elements; an index of -1 marks a masked row.
+    """grad_z = grad_quantized + grad_loss · 2 (z - e) / elements; indices as in gather_kernel.
 
     ROTATED (which needs WIDE) replaces grad_quantized g by ratio (g - along_s s + along_q u), see rotation.py.
     """
@@ -120,13 +124,14 @@ def grad_kernel(
     index_at = row_offsets(row, positions, tl.num_programs(1) * positions, 1) + head.to(tl.int64) * positions
     index = tl.load(indices + index_at, mask=inside, other=-1)
     live = index >= 0
-    index = tl.where(live, index, 0)
+    known = live & (index < codes)
+    index = tl.where(known, index, 0)
     codebook += head.to(tl.int64) * code_stride_h + index[:, None] * code_stride_k
     grad_quantized += row_offsets(row, positions, grad_stride_b, grad_stride_p)[:, None]
     grad_quantized += head.to(tl.int64) * grad_stride_h
     factor = working(2.0 * tl.load(grad_loss).to(tl.float64) / tl.load(elements).to(tl.float64), WIDE)
 
-    bad = poisoned_rows(z, live, stride_d, DIM, BM, BD, WIDE)
+    bad = poisoned_rows(z, live, stride_d, DIM, BM, BD, WIDE) | (live & (known == 0))
     if ROTATED:
         to_u, to_q, ratio, along_s, along_q, directed = rotation_sums(
             z, codebook, grad_quantized, live, stride_d, code_stride_d, grad_stride_d, DIM, BM, BD

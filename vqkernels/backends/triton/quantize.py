@@ -15,7 +15,7 @@ from vqkernels.backends.triton.gather import gather_kernel, grad_kernel
 from vqkernels.backends.triton.launch import FUSED_ROUNDING, interpreted, on_device
 from vqkernels.backends.triton.nearest import nearest
 from vqkernels.backends.triton.statistics import empty_keys, segment_sums, sums_by_key
-from vqkernels.backends.triton.views import KEY_ROWS, bytes_of, mask_strides, slab, wide
+from vqkernels.backends.triton.views import KEY_ROWS, slab, wide
 
 
 def quantize(
@@ -32,9 +32,21 @@ def quantize(
     Shapes as in nearest(); counts and sums are empty unless `statistics`. The squared error is the sum of (z - e)² over
     the unmasked rows, added in a fixed order; NaN if one of them is poisoned.
     """
+    indices, _ = nearest(z, codebook, mask, metric, precision)
+    quantized, squared_error, counts, sums = lookup(z, codebook, indices, statistics, out)
+    return quantized, indices, squared_error, counts, sums
+
+
+def lookup(
+    z: torch.Tensor,
+    codebook: torch.Tensor,
+    indices: torch.Tensor,
+    statistics: bool,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """quantize() for given indices (B, H, P): -1 marks a masked row, and a row beyond the codebook becomes NaN."""
     batch, heads, positions, dim = z.shape
     rows, codes = batch * positions, codebook.shape[1]
-    indices, _ = nearest(z, codebook, mask, metric, precision)
     quantized = torch.empty_like(z) if out is None else out
     blocks = triton.cdiv(rows, KEY_ROWS)
     partial_error = torch.empty(heads * blocks, dtype=torch.float64, device=z.device)
@@ -42,9 +54,9 @@ def quantize(
     with on_device(z):
         if partial_error.numel() > 0:
             gather_kernel[(blocks, heads)](
-                z, codebook, indices, bytes_of(mask), quantized, partial_error, keys,
-                rows, positions, codes, *z.stride(), *codebook.stride(), *quantized.stride(), *mask_strides(mask),
-                DIM=dim, BM=KEY_ROWS, BD=slab(dim), WIDE=wide(z) or wide(codebook), MASKED=mask is not None,
+                z, codebook, indices.contiguous(), quantized, partial_error, keys,
+                rows, positions, codes, *z.stride(), *codebook.stride(), *quantized.stride(),
+                DIM=dim, BM=KEY_ROWS, BD=slab(dim), WIDE=wide(z) or wide(codebook),
                 KEYS=statistics, INTERPRETED=interpreted(), **FUSED_ROUNDING,
             )  # fmt: skip
         squared_error = partial_error.sum()
@@ -53,7 +65,7 @@ def quantize(
             sums = torch.empty(0, dtype=torch.float64 if wide(z) else torch.float32, device=z.device)
         else:
             counts, sums = sums_by_key(z, keys, codes)
-    return quantized, indices, squared_error, counts, sums
+    return quantized, squared_error, counts, sums
 
 
 def quantize_backward(

@@ -69,6 +69,19 @@ def _quantize(
     return _written(out, view, layout), layout.restore_per_row(indices).contiguous(), squared_error, counts, sums
 
 
+def _lookup(
+    z: Tensor, codebook: Tensor, indices: Tensor, mask: Tensor | None, channel_dim: int, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    out = empty_rows(z, layout)
+    view = layout.rows(out)
+    given = indices if mask is None else torch.where(mask, indices, -1)
+    _, squared_error, counts, sums = _kernels("quantize").lookup(
+        layout.rows(z), _heads(codebook), layout.per_row(given), statistics, out=view
+    )
+    return _written(out, view, layout), squared_error, counts, sums
+
+
 def _quantize_backward(
     grad_quantized: Tensor,
     grad_codebook_loss: Tensor,
@@ -109,6 +122,7 @@ def _statistics(
 OPERATORS: dict[str, Callable[..., Any]] = {
     "nearest": _nearest,
     "quantize": _quantize,
+    "lookup": _lookup,
     "quantize_backward": _quantize_backward,
     "statistics": _statistics,
 }
