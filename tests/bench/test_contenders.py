@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vqkernels import reference
-from vqkernels.bench.cases import CODEBOOKS, Case, default_cases
+from vqkernels.bench.cases import CODEBOOKS, Case, default_cases, quick_cases
 from vqkernels.bench.layers import TRAINING, OneHotQuantizer
 from vqkernels.bench.peers import SEARCH, too_large, unavailable
 from vqkernels.nn import VectorQuantizer
@@ -81,3 +81,4 @@ def test_data_are_the_same_in_every_run_and_of_the_kind_named():
         assert z.shape == (200, 4) and codes.shape == (16, 4) and z.dtype == codes.dtype == torch.float32
         assert kind in case.label or kind == "gaussian"
     assert len(set(default_cases())) == len(default_cases())
+    assert not set(default_cases()) & set(quick_cases())

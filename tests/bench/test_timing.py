@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import pytest
 
@@ -22,8 +23,28 @@ def test_rounds_are_interleaved_and_bounded(monkeypatch):
     assert "".join(seen) == "abc" * 6
 
 
+def test_the_slow_run_in_few_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "_SAMPLE", 0.0)
+    monkeypatch.setattr(timing, "_LONG", 0.002)
+    monkeypatch.setattr(timing, "fma_peak", lambda threads: None)
+    seen = []
+
+    def slow():
+        seen.append("s")
+        time.sleep(0.005)
+
+    contenders = {"fast": lambda: seen.append("f"), "slow": slow}
+    times, peak = timing.interleave(contenders, 1, budget=60.0, least=3, most=6)
+    assert "".join(seen) == "fs" * 3 + "f" * 4 and peak is None
+    assert {name: x.rounds for name, x in times.items()} == {"fast": 6, "slow": 2}
+    seen.clear()
+    timing.interleave(contenders, 1, budget=60.0, least=3, most=3, known={"slow": 0.005, "fast": 1e-6})
+    assert "".join(seen) == "ffsfsf"  # the long call that was made already is not made again
+
+
 def test_quartiles():
     assert timing.summary([4.0]) == timing.Timing(4.0, 4.0, 4.0, 1)
+    assert timing.summary([1.0, 3.0]) == timing.Timing(2.0, 1.5, 2.5, 2)  # never outside of what was measured
     told = timing.summary([1.0, 2.0, 3.0, 4.0, 100.0])
     assert told.median == 3.0 and told.low < 3.0 < told.high
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .cases import Case
 from .run import Result
+from .targets import targets
 
 TITLES = {
     "search": "Search: the index of the nearest code of every row",
@@ -26,6 +27,8 @@ _SUMMARY = (
     "wrong ours / worst peer",
     "where we lose",
 )
+_SHORT = ("", "shape", "ours, ms", "best peer, ms", "ratio", "of torch.mm", "where we lose")
+_TARGETS = ("target, on 2 cores", "goal", "measured", "")
 _MEANS = ("time / ours over all shapes", "geometric mean", "lowest", "shapes")
 _DETAILS = ("contender", "ms [quartiles]", "rounds", "time / ours", "GFLOP/s", "MB", "wrong / checked", "computes")
 
@@ -83,6 +86,9 @@ def text(results: list[Result], facts: dict[str, str]) -> str:
         "unless named.",
         "",
     ]
+    lines += ["## In short", "", short(results, facts), ""]
+    rows = [[x.what, x.goal, x.figure, x.state] for x in targets(by_case(results))]
+    lines += ["## Targets", "", *_table(_TARGETS, rows), ""]
     for kind, title in TITLES.items():
         groups = [(case, group) for case, group in by_case(results) if case.kind == kind]
         if not groups:
@@ -93,6 +99,25 @@ def text(results: list[Result], facts: dict[str, str]) -> str:
     for case, group in by_case(results):
         lines += [f"### {case.kind}, {case.label}", "", *_table(_DETAILS, [_detail(x, ours(group)) for x in group]), ""]
     return "\n".join(lines)
+
+
+def short(results: list[Result], facts: dict[str, str]) -> str:
+    """What the README shows: one line per case, losing ones included, and where the figures come from."""
+    rows = []
+    for case, group in by_case(results):
+        mine, peer = ours(group), best_peer(group)
+        product = next((x for x in group if x.contender == "torch.mm alone"), None)
+        quotients = [f"{x:.2f}x" if x else "-" for x in (ratio(peer, mine), ratio(product, mine))]
+        theirs = f"{peer.contender}, {_middle(peer)}" if peer else "-"
+        rows.append([case.kind, case.label, _middle(mine), theirs, *quotients, "; ".join(losses(group)) or "nowhere"])
+    machine = f"{facts['processor']}, {facts['threads']} threads, {facts['SIMD level']}, torch {facts['torch']}"
+    return "\n".join([f"{machine}, commit {facts['commit']}; medians.", "", *_table(_SHORT, rows)])
+
+
+def _middle(result: Result | None) -> str:
+    if result is None or result.timing is None:
+        return "-"
+    return f"{1e3 * result.timing.median:.{1 if result.timing.median >= 0.01 else 2}f}"
 
 
 def _summary(case: Case, group: list[Result]) -> list[str]:

@@ -2,7 +2,8 @@
 
 In every round each contender runs once (a short one several times in a row, to fill `_SAMPLE` seconds) and so does
 the peak, so that whatever else the machine does falls on all of them. A pause before each lets the threads of the one
-before go to sleep. Figures are medians over the rounds, with quartiles.
+before go to sleep. A contender that takes many times as long as the fastest one runs in two rounds alone, so that the
+time goes where figures are close. Figures are medians over the rounds, with quartiles.
 """
 
 import importlib
@@ -13,6 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+_SLOW = 8.0  # times the fastest contender: one that is slower, and longer than _LONG, runs in _FEW rounds alone
+_LONG = 0.3  # seconds
+_FEW = 2
 _SAMPLE = 0.01  # seconds that one sample lasts at least
 _PAUSE = 0.003
 _PEAK = 0.02  # seconds of multiply-adds per round
@@ -30,7 +34,7 @@ class Timing:
 
 def summary(samples: list[float]) -> Timing:
     """Median and quartiles; with fewer than two samples all three are the same."""
-    low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
     return Timing(middle, low, high, len(samples))
 
 
@@ -52,17 +56,27 @@ def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
 
 
 def interleave(
-    contenders: dict[str, Callable[[], Any]], threads: int, budget: float, least: int, most: int
+    contenders: dict[str, Callable[[], Any]],
+    threads: int,
+    budget: float,
+    least: int,
+    most: int,
+    known: dict[str, float] | None = None,
 ) -> tuple[dict[str, Timing], Timing | None]:
     """Time everyone in rounds, as many as `budget` seconds allow between `least` and `most`.
+
+    Args:
+        known: seconds of a first call that was made already; where it was long, there is no other before the rounds.
 
     Returns:
         The times by name, and the peak in operations per second where it can be measured.
     """
     begun = time.perf_counter()
-    calls = dict.fromkeys(contenders, 1)
-    for name, function in contenders.items():  # once more before it counts, to learn how long it takes
-        calls[name] = max(1, round(_SAMPLE / max(seconds_per_call(function, 1), 1e-6)))
+    long = {name: seconds for name, seconds in (known or {}).items() if seconds > _LONG and name in contenders}
+    # The others once more before it counts, to learn how long they take.
+    once = {name: long.get(name) or seconds_per_call(function, 1) for name, function in contenders.items()}
+    calls = {name: max(1, round(_SAMPLE / max(seconds, 1e-6))) for name, seconds in once.items()}
+    slow = {name for name, seconds in once.items() if seconds > max(_LONG, _SLOW * min(once.values()))}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     peaks: list[float] = []
     round_time = 0.0
@@ -71,6 +85,8 @@ def interleave(
             break
         start = time.perf_counter()
         for name, function in contenders.items():
+            if name in slow and len(samples[name]) >= _FEW:
+                continue
             time.sleep(_PAUSE)
             samples[name].append(seconds_per_call(function, calls[name]))
         time.sleep(_PAUSE)

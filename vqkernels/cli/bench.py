@@ -15,6 +15,7 @@ _DESCRIPTION = """
 Measure the kernels beside their peers on this machine's CPU. A peer that is not installed is named and left out:
 pip install 'vqkernels[bench]' brings them. With --model, predict and measure the gain of your own model instead.
 """
+_MARKS = ("<!-- vqkernels bench -->", "<!-- end of vqkernels bench -->")
 _CPU = "cpu"  # the kind of machine that the cases run on; names the files
 
 
@@ -28,6 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="measure this model; see below")
     parser.add_argument("--out", type=Path, help=f"folder for {_CPU}.md, {_CPU}.csv and {_CPU}.png")
+    parser.add_argument("--readme", type=Path, help="a file whose text between two marks becomes the table of this run")
     parser.add_argument("--quick", action="store_true", help="small cases, two rounds: whether it runs, not how fast")
     parser.add_argument("--only", choices=list(report.TITLES), help="one kind of case")
     parser.add_argument("--minutes", type=float, default=9.0, help="aim to end within; large cases keep five rounds")
@@ -35,6 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.threads < 1 or options.minutes <= 0:
         parser.error("--threads and --minutes must be positive")
+    if options.readme is not None and not _has_marks(options.readme):
+        parser.error(f"--readme: {options.readme} has no line '{_MARKS[0]}' followed by a line '{_MARKS[1]}'")
     _limit_threads(options.threads)
     if options.model is not None:
         return _measure_model(options.model, options.threads, min(60 * options.minutes, 60.0), options.quick)
@@ -59,6 +63,11 @@ def run(arguments: Sequence[str]) -> int:
     print(f"\n{told}")
     if options.out is not None:
         _write(options.out, told, results, facts)
+    if options.readme is not None:
+        before, _, rest = options.readme.read_text().partition(_MARKS[0])
+        after = rest.partition(_MARKS[1])[2]
+        table = report.short(results, facts)
+        options.readme.write_text(f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}")
     return 0
 
 
@@ -76,6 +85,11 @@ def _measure_model(spec: str, threads: int, seconds: float, quick: bool) -> int:
     print(f"step = forward, loss, backward, Adam; {threads} threads; milliseconds are medians [quartiles]")
     print(model.report(pair, prediction, measurement))
     return 0
+
+
+def _has_marks(path: Path) -> bool:
+    text = path.read_text() if path.is_file() else ""
+    return _MARKS[1] in text.partition(_MARKS[0])[2]
 
 
 def _limit_threads(threads: int) -> None:
