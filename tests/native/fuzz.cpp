@@ -1,8 +1,9 @@
 // Random inputs for the raw kernels, compared with a plain float64 contract written here. Built with sanitizers.
 //
-// `fuzz LEVEL SECONDS SEED`: searches, look-ups, gradients and statistics of random shapes, types, strides, masks and data,
-// until the time is over; with 0 seconds the one case of that seed, as a failure prints it. Every buffer is allocated at its exact size, and masked rows are poisoned, so that reading one
-// element too many is an error. Prints the number of cases, or the first wrong result, and then exits with 1.
+// `fuzz LEVEL SECONDS SEED`: searches, look-ups, gradients and statistics of random shapes, types, strides, masks and
+// data, until the time is over; with 0 seconds the one case of that seed, as a failure prints it. Every buffer is
+// allocated at its exact size, and masked rows are poisoned, so that reading one element too many is an error. Prints
+// the number of cases, or the first wrong result, and then exits with 1.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -92,7 +93,8 @@ struct Block {
       batch_stride = channels * channel_stride + (gap ? 2 : 0);
     }
     const int64_t empty = batch == 0 || positions == 0 || channels == 0;
-    const int64_t last = (batch - 1) * batch_stride + (positions - 1) * position_stride + (channels - 1) * channel_stride;
+    const int64_t last =
+        (batch - 1) * batch_stride + (positions - 1) * position_stride + (channels - 1) * channel_stride;
     data = malloc(size_t((empty ? 0 : last + 1) * bytes_of(type)));
     if (!empty) memset(data, 0xff, size_t((last + 1) * bytes_of(type)));  // NaN where nothing is written
   }
@@ -116,7 +118,21 @@ struct Block {
   }
 };
 
-enum class Kind { gaussian, lattice, duplicates, near_ties, collapsed, offset, outlier, scales, tiny, huge, on_codes, midpoints, last };
+enum class Kind {
+  gaussian,
+  lattice,
+  duplicates,
+  near_ties,
+  collapsed,
+  offset,
+  outlier,
+  scales,
+  tiny,
+  huge,
+  on_codes,
+  midpoints,
+  last
+};
 
 struct Case {
   uint64_t seed;
@@ -128,10 +144,12 @@ struct Case {
 };
 
 [[noreturn]] void fail(const Case& c, const std::string& what) {
-  printf("%s\nfuzz LEVEL 0 %llu: kind %d metric %d types %d %d batch %lld positions %lld K %lld D %lld chunk %lld masked %d bad %d %d\n",
-         what.c_str(), (unsigned long long)c.seed, int(c.kind), int(c.metric), int(c.z_type), int(c.code_type),
-         (long long)c.batch, (long long)c.positions, (long long)c.size, (long long)c.channels, (long long)c.chunk, c.masked,
-         c.bad_rows, c.bad_codes);
+  printf(
+      "%s\nfuzz LEVEL 0 %llu: kind %d metric %d types %d %d batch %lld positions %lld K %lld D %lld chunk %lld masked "
+      "%d bad %d %d\n",
+      what.c_str(), (unsigned long long)c.seed, int(c.kind), int(c.metric), int(c.z_type), int(c.code_type),
+      (long long)c.batch, (long long)c.positions, (long long)c.size, (long long)c.channels, (long long)c.chunk,
+      c.masked, c.bad_rows, c.bad_codes);
   exit(1);
 }
 
@@ -187,9 +205,11 @@ void fill(Random& random, const Case& c, Block& z, std::vector<char>& codes) {
     if (c.kind == Kind::midpoints) {  // almost as far from a code as from its nearest neighbour
       double step = kInfinity;
       for (int64_t j = 0; j < k; ++j)
-        if (code(j, 0) != code(near, 0) && fabs(code(j, 0) - code(near, 0)) < fabs(step)) step = code(j, 0) - code(near, 0);
+        if (code(j, 0) != code(near, 0) && fabs(code(j, 0) - code(near, 0)) < fabs(step))
+          step = code(j, 0) - code(near, 0);
       for (int64_t i = 0; i < d; ++i) z.set(r, i, 0.0);
-      if (std::isfinite(step)) z.set(r, 0, code(near, 0) + step * (0.5 + random.normal() * exp(-15.0 * random.uniform())));
+      if (std::isfinite(step))
+        z.set(r, 0, code(near, 0) + step * (0.5 + random.normal() * exp(-15.0 * random.uniform())));
     }
     if (c.bad_rows && random.chance(0.2)) z.set(r, random.below(d), bad_value(random));
   }
@@ -197,7 +217,8 @@ void fill(Random& random, const Case& c, Block& z, std::vector<char>& codes) {
     if (random.chance(0.3)) put(j, random.below(d), bad_value(random));
 }
 
-// The contract of one row: the lowest index of the smallest float64 score among the finite codes, 0 where there is none.
+// The contract of one row: the lowest index of the smallest float64 score among the finite codes, 0 where there is
+// none.
 int64_t contract(const Case& c, const Block& z, int64_t row, const std::vector<char>& codes) {
   int64_t best = 0;
   double lowest = kInfinity;
@@ -234,15 +255,16 @@ bool same(double a, double b) { return a == b || (a != a && b != b); }
 // Sums of 8 partial sums differ from those of one by a few roundings.
 bool close(double a, double b) { return same(a, b) || fabs(a - b) <= 1e-11 * fabs(b); }
 
-// The rotation trick: |e|/|z| (g - 2 (g.s) s / (s.s) + 2 (g.q) u) for u = z/|z|, q = e/|e|, s = u + q, plus scale (z - e).
-// Rows whose norms leave the range of a plain computation, or whose code lies opposite to them, are not looked at.
+// The rotation trick: |e|/|z| (g - 2 (g.s) s / (s.s) + 2 (g.q) u) for u = z/|z|, q = e/|e|, s = u + q, plus scale (z -
+// e). Rows whose norms leave the range of a plain computation, or whose code lies opposite to them, are not looked at.
 void check_rotation(const Case& c, const Block& z, const std::vector<char>& codes, const Block& incoming,
                     const Block& rotated, double scale, int64_t row, int64_t index, bool finite) {
   const int64_t d = c.channels;
   const auto code = [&](int64_t i) { return read(codes.data(), c.code_type, index * d + i); };
   if (index < 0 || !finite) {
     for (int64_t i = 0; i < d; ++i)
-      if (!same(rotated.get(row, i), index < 0 ? 0.0 : std::nan(""))) fail(c, "a wrong rotated gradient of a row without one");
+      if (!same(rotated.get(row, i), index < 0 ? 0.0 : std::nan("")))
+        fail(c, "a wrong rotated gradient of a row without one");
     return;
   }
   double zz = 0.0, ee = 0.0, ss = 0.0, gs = 0.0, gq = 0.0, gg = 0.0;
@@ -259,7 +281,10 @@ void check_rotation(const Case& c, const Block& z, const std::vector<char>& code
     const double ratio = e_norm / z_norm, shift = scale * (z.get(row, i) - code(i));
     const double wanted = ratio * (g - 2 * gs / ss * s + 2 * gq * u) + shift, found = rotated.get(row, i);
     const bool half = c.z_type == DType::f16;
-    const double rounding = half ? 0x1p-10 : c.z_type == DType::bf16 ? 0x1p-7 : c.z_type == DType::f32 ? 0x1p-23 : 0x1p-52;
+    const double rounding = half                      ? 0x1p-10
+                            : c.z_type == DType::bf16 ? 0x1p-7
+                            : c.z_type == DType::f32  ? 0x1p-23
+                                                      : 0x1p-52;
     const double slack = rounding * fabs(wanted) + 1e-9 * (ratio * sqrt(gg) + fabs(shift)) + (half ? 0x1p-24 : 1e-38);
     const bool overflows = fabs(wanted) > (half ? 65000.0 : 3e38) && c.z_type != DType::f64;
     if (!overflows && !(fabs(found - wanted) <= slack))
@@ -289,7 +314,8 @@ void check_tail(Random& random, const Case& c, const Block& z, const std::vector
       expected += finite[r] ? residual * residual : std::nan("");
     }
   }
-  if (!close(total, expected)) fail(c, "a wrong squared error: " + std::to_string(total) + ", not " + std::to_string(expected));
+  if (!close(total, expected))
+    fail(c, "a wrong squared error: " + std::to_string(total) + ", not " + std::to_string(expected));
 
   Block incoming(random, c.z_type, c.batch, c.positions, d);
   for (int64_t r = 0; r < n; ++r)
@@ -307,9 +333,9 @@ void check_tail(Random& random, const Case& c, const Block& z, const std::vector
   for (int64_t r = 0; r < n; ++r) {
     chosen[r] = index[r] >= 0 && finite[r] ? int32_t(index[r]) : -1;
     for (int64_t i = 0; i < d; ++i) {
-      const double wanted = index[r] < 0   ? 0.0
+      const double wanted = index[r] < 0 ? 0.0
                             : !finite[r] ? std::nan("")
-                                           : as_z(incoming.get(r, i) + scale * (z.get(r, i) - code(index[r], i)));
+                                         : as_z(incoming.get(r, i) + scale * (z.get(r, i) - code(index[r], i)));
       if (!same(gradient.get(r, i), wanted)) fail(c, "a wrong gradient");
     }
     check_rotation(c, z, codes, incoming, rotated, scale, r, index[r], finite[r]);
@@ -367,9 +393,11 @@ void run(Random& random, const Sweep& sweep, int64_t* searched) {
   const int64_t kept = std::count(mask.begin(), mask.end(), char(1));
   if (decided < 0 || decided > kept) fail(c, "more rows decided than there are");
   for (int64_t r = 0; r < n; ++r) {
-    const bool right = c.certified ? index[r] == wanted[r] : index[r] >= -1 && index[r] < c.size && (index[r] < 0) == !mask[r];
+    const bool right =
+        c.certified ? index[r] == wanted[r] : index[r] >= -1 && index[r] < c.size && (index[r] < 0) == !mask[r];
     if (!right)
-      fail(c, "row " + std::to_string(r) + ": index " + std::to_string(index[r]) + ", not " + std::to_string(wanted[r]));
+      fail(c,
+           "row " + std::to_string(r) + ": index " + std::to_string(index[r]) + ", not " + std::to_string(wanted[r]));
   }
   check_tail(random, c, z, codes, index.data(), good);  // a masked row stays poisoned: its index alone may be looked at
   for (int64_t r = 0; r < n; ++r)

@@ -1,8 +1,8 @@
 // Runs every kernel once inside the function `measured`, which callgrind counts; prints "name<TAB>work" in that order.
 //
 // `instructions kernels`: the inner kernels one by one; work is rows x codes x channels, or elements.
-// `instructions hostile`: whole searches on data that the filters do not like, with and without the int16 filter; work is
-// rows x codes x channels.
+// `instructions hostile`: whole searches on data that the filters do not like, with and without the int16 filter; work
+// is rows x codes x channels.
 #include <stdio.h>
 #include <string.h>
 
@@ -61,13 +61,13 @@ void inner_kernels(Random& random, const Sweep& sweep, int64_t channels) {
   const double elements = double(rows * channels), products = elements * double(size);
   count("prepare" + tail, elements, [&] { sweep.prepare(panel.data(), centre.data(), 1.0f, channels, norm.data()); });
   count("sweep" + tail, products, [&] {
-    sweep.sweep(panel.data(), norm.data(), packed.tiles(), 0, packed.tile_count(), best.data(), second.data(), slot.data());
+    sweep.sweep(panel.data(), norm.data(), packed.tiles(), 0, packed.tile_count(), best.data(), second.data(),
+                slot.data());
   });
   Words slots(size + 1);
   const Floats limit(rows, -1e30f);
-  count("sift" + tail, products, [&] {
-    sweep.sift(panel.data(), norm.data(), packed.tiles(), size, limit.data(), slots.data());
-  });
+  count("sift" + tail, products,
+        [&] { sweep.sift(panel.data(), norm.data(), packed.tiles(), size, limit.data(), slots.data()); });
   std::vector<double> wide(rows * channels, 0.5), code(channels, 0.25), score(rows);
   count("contract" + tail, elements, [&] { sweep.contract(wide.data(), code.data(), channels, true, score.data()); });
   if (sweep.sweep16 == nullptr || channels < 16) return;
@@ -77,7 +77,8 @@ void inner_kernels(Random& random, const Sweep& sweep, int64_t channels) {
   Floats residual(rows), largest(rows);
   std::vector<uint32_t> square(rows);
   count("quantize" + tail, elements, [&] {
-    sweep.quantize(panel.data(), integers.scale(), channels, words.data(), residual.data(), square.data(), largest.data());
+    sweep.quantize(panel.data(), integers.scale(), channels, words.data(), residual.data(), square.data(),
+                   largest.data());
   });
   count("sweep16" + tail, products, [&] {
     sweep.sweep16(words.data(), integers.tiles(), 0, packed.tile_count(), best16.data(), second16.data(), slot.data());
@@ -103,13 +104,15 @@ void fused_tail(Random& random) {
   std::vector<char> written(n);
   const Codes codes{codebook.data(), DType::f32, k, d};
   const Rows rows = contiguous(z.data(), DType::f32, n, d), first{z.data(), DType::f32, 1, n, d, 0, 1, n};
-  const Rows grad = contiguous(incoming.data(), DType::f32, n, d), brain = contiguous(narrow_z.data(), DType::bf16, n, d);
+  const Rows grad = contiguous(incoming.data(), DType::f32, n, d),
+             brain = contiguous(narrow_z.data(), DType::bf16, n, d);
   const double elements = double(n * d);
-  count("gather float32", elements, [&] { gather_rows(rows, codes, {out.data(), n, 0, d, 1}, 0, n, index.data(), finite); });
-  count("gather bfloat16", elements, [&] { gather_rows(brain, codes, {out.data(), n, 0, d, 1}, 0, n, index.data(), finite); });
-  count("gather channels first", elements, [&] {
-    gather_rows(first, codes, {out.data(), n, 0, 1, n}, 0, n, index.data(), finite);
-  });
+  count("gather float32", elements,
+        [&] { gather_rows(rows, codes, {out.data(), n, 0, d, 1}, 0, n, index.data(), finite); });
+  count("gather bfloat16", elements,
+        [&] { gather_rows(brain, codes, {out.data(), n, 0, d, 1}, 0, n, index.data(), finite); });
+  count("gather channels first", elements,
+        [&] { gather_rows(first, codes, {out.data(), n, 0, 1, n}, 0, n, index.data(), finite); });
   const auto gradient_by = [&](const std::string& name, Gradient gradient) {
     count(name, elements, [&] {
       gradient_rows(rows, codes, grad, gradient, 0.5, {out.data(), n, 0, d, 1}, 0, n, index.data(),
@@ -120,14 +123,15 @@ void fused_tail(Random& random) {
   gradient_by("gradient by rotation", Gradient::rotation);
   Segments segments;
   count("group by code", double(n), [&] { segments = group_by_code(code.data(), n, k); });
-  const SegmentSum sum{rows, nullptr, 1.0, DType::f32, sums.data()}, apart{first, nullptr, 1.0, DType::f32, sums.data()},
-      gradient{rows, &codes, 0.5, DType::f32, sums.data()};
+  const SegmentSum sum{rows, nullptr, 1.0, DType::f32, sums.data()},
+      apart{first, nullptr, 1.0, DType::f32, sums.data()}, gradient{rows, &codes, 0.5, DType::f32, sums.data()};
   count("segment sums", elements, [&] { sum_codes(sum, segments, 0, k); });
   count("segment sums channels first", elements, [&] { sum_channels(apart, code.data(), k, 0, d); });
   count("segment sums of the gradient", elements, [&] { sum_codes(gradient, segments, 0, k); });
 }
 
-void whole_search(const std::string& name, const Floats& z, const Floats& codes, int64_t d, const Sweep& sweep, bool integers) {
+void whole_search(const std::string& name, const Floats& z, const Floats& codes, int64_t d, const Sweep& sweep,
+                  bool integers) {
   const int64_t n = int64_t(z.size()) / d, k = int64_t(codes.size()) / d;
   std::vector<int64_t> index(n);
   std::vector<char> finite(n);
@@ -137,10 +141,12 @@ void whole_search(const std::string& name, const Floats& z, const Floats& codes,
 }
 
 void whole_searches(Random& random, const Sweep& sweep) {
-  for (const auto& [n, k, d] : {std::tuple<int64_t, int64_t, int64_t>{1024, 512, 64}, {2048, 512, 8}, {512, 1024, 256}}) {
+  for (const auto& [n, k, d] :
+       {std::tuple<int64_t, int64_t, int64_t>{1024, 512, 64}, {2048, 512, 8}, {512, 1024, 256}}) {
     const Floats z = random.normals(n * d), codes = random.normals(k * d);
-    whole_search(std::string("search ") + level_name(sweep.level) + " K=" + std::to_string(k) + " D=" + std::to_string(d), z,
-                 codes, d, sweep, true);
+    whole_search(
+        std::string("search ") + level_name(sweep.level) + " K=" + std::to_string(k) + " D=" + std::to_string(d), z,
+        codes, d, sweep, true);
   }
 }
 

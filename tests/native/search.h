@@ -28,8 +28,8 @@ struct Query {
 inline int64_t search(const Query& q, int64_t* index, bool* finite, int64_t step = kChunk) {
   const DefaultArithmetic arithmetic;
   const PackedCodebook packed(q.codes, q.rows.dtype, q.metric, q.certified, *q.sweep);
-  const IntegerCodebook integers = q.integers ? integer_codebook(q.rows, packed, q.mask, q.certified)
-                                              : IntegerCodebook(packed, double(NAN));
+  const IntegerCodebook integers =
+      q.integers ? integer_codebook(q.rows, packed, q.mask, q.certified) : IntegerCodebook(packed, double(NAN));
   NearestSearch run(q.rows, packed, integers, q.certified);
   int64_t decided = 0;
   for (int64_t begin = 0; begin < q.rows.count(); begin += step)
@@ -41,10 +41,14 @@ inline int64_t search(const Query& q, int64_t* index, bool* finite, int64_t step
 inline const Sweep& sweep_of(Level level) {
 #if defined(__x86_64__)
   switch (level) {
-    case Level::vnni: return kSweepVnni;
-    case Level::avx512: return kSweepAvx512;
-    case Level::avx2: return kSweepAvx2;
-    default: return kSweepBaseline;
+    case Level::vnni:
+      return kSweepVnni;
+    case Level::avx512:
+      return kSweepAvx512;
+    case Level::avx2:
+      return kSweepAvx2;
+    default:
+      return kSweepBaseline;
   }
 #else
   return kSweepBaseline;
