@@ -19,6 +19,7 @@ DRAWN = {
     "ops/nearest": {"ops/checks", "ops/registration"},
     "ops/statistics": {"ops/checks", "ops/registration"},
     "ops/quantize": {"ops/checks", "ops/registration"},
+    "ops/kmeans": {"ops/checks", "ops/merging", "ops/nearest", "ops/registration", "ops/seeding", "ops/statistics"},
     "ops/snapshot": {"ops/registration"},
     "verification/attack": {"verification/adversaries"},
     "verification/suite": {"verification/adversaries", "verification/layouts"},

@@ -2,6 +2,7 @@
 
 from . import nn, reference
 from .backends.registry import use_backend
+from .ops.kmeans import kmeans
 from .ops.nearest import nearest_code
 from .ops.quantize import VectorQuantizeFunction, vector_quantize
 from .ops.statistics import codebook_statistics
@@ -11,6 +12,7 @@ __all__ = [
     "VectorQuantizeFunction",
     "__version__",
     "codebook_statistics",
+    "kmeans",
     "nearest_code",
     "nn",
     "reference",

@@ -15,11 +15,21 @@ _library = torch.library.Library("vqkernels", "DEF")
 class Operation:
     """One operation: call it with the name of a backend, then the arguments of its schema."""
 
-    def __init__(self, name: str, arguments: str, fake: Callable[..., Any], eager: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        fake: Callable[..., Any],
+        eager: Callable[..., Any],
+        kernel: Callable[..., Any] | None = None,
+    ) -> None:
+        """`kernel`: `vqkernels::X` on every device, for an operation that is built from other operators' kernels."""
         for overload in ("", ".eager"):
             _library.define(f"{name}{overload}{arguments}", tags=(torch.Tag.needs_exact_strides,))
             torch.library.register_fake(f"vqkernels::{name}{overload}", fake, lib=_library)
         _library.impl(f"{name}.eager", eager, "CompositeExplicitAutograd")
+        if kernel is not None:
+            _library.impl(name, kernel, "CompositeExplicitAutograd")
         packet = getattr(torch.ops.vqkernels, name)
         self.kernel = packet.default
         self.eager = packet.eager
