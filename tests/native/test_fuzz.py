@@ -7,7 +7,7 @@ from native.build import build, compiler
 
 SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 LEVELS = ("baseline", "avx2", "avx512", "vnni")
-SECONDS = 5
+SECONDS = 3
 ABSENT = 3  # what the driver exits with where the CPU lacks a level
 
 
