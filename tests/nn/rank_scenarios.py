@@ -20,8 +20,15 @@ SHARES[3] = [[16, 16, 16], [40, 8, 0], [0, 0, 48], [5, 0, 43], [17, 30, 1], [1, 
 LAYERS = {
     "ema": dict(ema_decay=0.8),
     "revived": dict(ema_decay=0.8, revive="rows", revive_threshold=0.4),
+    "initialised": dict(init="kmeans", ema_decay=0.8, revive="rows", revive_threshold=0.4),
     "cosine heads": dict(
-        ema_decay=0.8, revive="rows", revive_threshold=0.4, metric="cosine", heads=2, separate_codebooks=True
+        init="kmeans",
+        ema_decay=0.8,
+        revive="rows",
+        revive_threshold=0.4,
+        metric="cosine",
+        heads=2,
+        separate_codebooks=True,
     ),
     "shared heads": dict(ema_decay=0.8, revive="rows", revive_threshold=0.4, heads=2, codebook_dim=3),
 }
@@ -110,8 +117,8 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-EMA = dict(ema_decay=0.8, revive="rows", revive_threshold=0.4)
-GRADIENT = dict(revive="rows", revive_threshold=0.4)
+EMA = dict(init="kmeans", ema_decay=0.8, revive="rows", revive_threshold=0.4)
+GRADIENT = dict(init="kmeans", revive="rows", revive_threshold=0.4)
 SCENARIOS = {
     **{name: partial(layer, name) for name in LAYERS},
     "manual": manual,

@@ -73,7 +73,11 @@ CONFIGURATIONS = {
     "EMA": dict(ema_decay=0.9),
     "EMA, revived": dict(ema_decay=0.9, revive="rows"),
     "manual, revived": dict(ema_decay=0.9, ema_update="manual", revive="rows"),
-    "cosine heads": dict(ema_decay=0.9, revive="rows", metric="cosine", heads=2, separate_codebooks=True),
+    "initialised": dict(init="kmeans", ema_decay=0.9, revive="rows"),
+    "initialised, by gradient": dict(init="kmeans"),
+    "cosine heads": dict(
+        init="kmeans", ema_decay=0.9, revive="rows", metric="cosine", heads=2, separate_codebooks=True
+    ),
     "projection": dict(ema_decay=0.9, revive="rows", codebook_dim=4, heads=2),
 }
 

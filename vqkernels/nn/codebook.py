@@ -1,5 +1,6 @@
 """The state of a codebook and how it learns: initialisation, moving averages, revival, checkpoints."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,11 @@ from . import metrics
 from .draws import count_rows
 from .ema import ema_update_
 from .heads import Rows
+from .initialisation import initial_codes
 from .loading import explain_keys, explain_sizes
 from .normalisation import unit
 from .revival import Candidates, candidate_count, draw_candidates, draw_candidates_over_ranks, revive_, share_candidates
-from .synchronisation import one_hot_rank, sum_over_ranks
+from .synchronisation import one_hot_rank, sum_over_ranks, world_size
 
 USAGE_DECAY = 0.99  # of the moving counts that revival looks at where the codebook is trained by gradient
 
@@ -24,7 +26,8 @@ class TrainedCodebook(nn.Module):
 
     State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
     `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts`;
-    with these or sampling `ema_steps ()` int64, the steps so far; with EMA `ema_sums` float32 like the codebook.
+    with these or sampling `ema_steps ()` int64, the steps so far; with EMA `ema_sums` float32 like the codebook; with
+    init="kmeans" `initialised ()` bool.
     With ema_update="manual" the statistics since the last update are buffers that no checkpoint holds.
     """
 
@@ -33,6 +36,7 @@ class TrainedCodebook(nn.Module):
     ema_counts: Tensor
     ema_sums: Tensor
     ema_steps: Tensor
+    initialised: Tensor
     pending_counts: Tensor
     pending_sums: Tensor
     pending_rows: Tensor
@@ -45,15 +49,17 @@ class TrainedCodebook(nn.Module):
         ema_decay: float | None,
         manual: bool,
         cosine: bool,
+        init: str,
         revive: str,
         revive_threshold: float,
         seed: int,
         sampled: bool,
     ) -> None:
         super().__init__()
-        self.ema_decay, self.revive, self.revive_threshold = ema_decay, revive, revive_threshold
+        self.ema_decay, self.init, self.revive, self.revive_threshold = ema_decay, init, revive, revive_threshold
         self.seed = seed
         self._manual, self._cosine, self._sampled = manual, cosine, sampled
+        self._initialised = init == "uniform"  # on the host: nobody waits for the device to know
         self._tracks_usage = ema_decay is not None or revive != "off"
         codebook = torch.empty(shape, dtype=torch.float32)
         if ema_decay is None:
@@ -67,6 +73,8 @@ class TrainedCodebook(nn.Module):
             self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
         if ema_decay is not None:
             self.register_buffer("ema_sums", torch.zeros(shape))
+        if init == "kmeans":
+            self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         if manual:
             self.register_buffer("pending_counts", torch.zeros(shape[:-1], dtype=torch.int64), persistent=False)
             self.register_buffer("pending_sums", torch.zeros(shape), persistent=False)
@@ -83,6 +91,25 @@ class TrainedCodebook(nn.Module):
         for _, buffer in self.named_buffers(recurse=False):
             if buffer is not self.codebook:
                 buffer.zero_()
+        self._initialised = self.init == "uniform"
+
+    @torch.no_grad()
+    def initialise(self, rows: Rows, metric: str, backend: str) -> None:
+        """Codes by k-means on these rows and those of the other ranks; the first training forward calls it, once."""
+        size = self.codebook.shape[-2]
+        if world_size() == 1:
+            if rows.number == 0:
+                return  # the next batch may have rows; ranks cannot know of one another, and none waits
+            if rows.number < size and not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"k-means initialisation of {size} codes from {rows.number} rows: the others start as copies of "
+                    "these with a jitter; use a larger first batch",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        self.codebook.copy_(initial_codes(rows, size, metric, self.seed, backend))
+        self.initialised.fill_(True)
+        self._initialised = True
 
     @torch.no_grad()
     def learn(self, result: Quantization, rows: Rows) -> None:
@@ -176,8 +203,16 @@ class TrainedCodebook(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        flag = f"{prefix}initialised"
+        if flag in unexpected_keys:  # how the codes began matters only to a layer that may have to begin
+            unexpected_keys.remove(flag)
         explain_keys(missing_keys, prefix, missing=True)
         explain_keys(unexpected_keys, prefix, missing=False)
+        if self.init == "kmeans" and f"{prefix}codebook" in state_dict:
+            # Without the flag (strict=False) the codes count as initialised: k-means must not overwrite them.
+            self._initialised = bool(state_dict[flag]) if flag in state_dict else True
+            if flag not in state_dict:
+                self.initialised.fill_(True)
         for name, buffer in self.named_buffers(recurse=False):
             if name.startswith("pending_"):
                 buffer.zero_()

@@ -57,6 +57,10 @@ def explain_keys(keys: list[str], prefix: str, missing: bool) -> None:
             "the codebook was trained by moving averages, but this layer has ema_decay=None; build it with ema_decay, "
             "or load with strict=False to go on by gradient from these codes"
         ),
+        ("initialised", True): (
+            'this layer has init="kmeans", but the checkpoint is of a layer without; build it with init="uniform", or '
+            "load with strict=False: either way the loaded codes are kept"
+        ),
     }
     for place, key in enumerate(keys):
         for (name, when), sentence in sentences.items():

@@ -40,9 +40,10 @@ def one_hot_rank(value: Tensor) -> Tensor:
 
 
 def gather_over_ranks(part: Tensor, dim: int) -> Tensor:
-    """Every rank's tensor, all of one shape, side by side along `dim` in the order of the ranks."""
+    """Every rank's tensor, all of one shape and finite, side by side along `dim` in the order of the ranks."""
     if world_size() == 1:
         return part
-    gathered = part.new_empty(world_size(), *part.shape)
-    dist.all_gather_into_tensor(gathered, part.contiguous())
+    gathered = part.new_zeros(world_size(), *part.shape)
+    gathered[rank()] = part
+    dist.all_reduce(gathered)  # adding zeros: exact
     return torch.cat(gathered.unbind(0), dim)

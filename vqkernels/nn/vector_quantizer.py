@@ -43,6 +43,8 @@ class VectorQuantizer(TrainedCodebook):
             one in float32, and search, result and losses are those of the scaled vectors.
         gradient: "straight_through" (the paper) or "rotation" (Fifty et al. 2024): how the gradient of `quantized`
             reaches z, as in `vqkernels.vector_quantize`.
+        init: "uniform" starts the codes in [-1/K, 1/K]; "kmeans" computes them from the first training batch (see
+            `vqkernels.nn.initialisation`).
         revive: "off", or "rows": a code that is hardly used becomes a row of the batch (see `vqkernels.nn.revival`).
         revive_threshold: how much of the mean usage of all codes a code needs to live, in (0, 1).
         seed: of every draw of the layer; equal on all ranks.
@@ -68,6 +70,7 @@ class VectorQuantizer(TrainedCodebook):
         ema_update: str = "forward",
         metric: str = "euclidean",
         gradient: str = "straight_through",
+        init: str = "uniform",
         revive: str = "off",
         revive_threshold: float = 0.1,
         seed: int = 0,
@@ -91,6 +94,7 @@ class VectorQuantizer(TrainedCodebook):
         check_choice("ema_update", ema_update, ("forward", "manual"))
         check_choice("metric", metric, METRICS)
         check_choice("gradient", gradient, GRADIENTS)
+        check_choice("init", init, ("uniform", "kmeans"))
         check_choice("revive", revive, ("off", "rows"))
         check_choice("precision", precision, PRECISIONS)
         check_choice("backend", backend, registry.NAMES)
@@ -102,6 +106,7 @@ class VectorQuantizer(TrainedCodebook):
             ema_decay=ema_decay,
             manual=ema_update == "manual",
             cosine=metric == "cosine",
+            init=init,
             revive=revive,
             revive_threshold=revive_threshold,
             seed=seed,
@@ -148,6 +153,9 @@ class VectorQuantizer(TrainedCodebook):
         rows = self._rows(z, mask, heads)
         counts = self.training and not freeze
         learns = counts and (self.ema_decay is not None or self.codebook.requires_grad)
+
+        if learns and not self._initialised:
+            self.initialise(rows, self.metric, self.backend)
 
         # The backward pass needs the codes that were looked up, and an update below overwrites them.
         overwrites = learns and self._tracks_usage and self.ema_update == "forward" and torch.is_grad_enabled()
@@ -224,6 +232,7 @@ _DEFAULTS = {
     "ema_update": "forward",
     "metric": "euclidean",
     "gradient": "straight_through",
+    "init": "uniform",
     "revive": "off",
     "channel_dim": -1,
     "precision": "exact",

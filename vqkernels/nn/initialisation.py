@@ -1,0 +1,53 @@
+"""Codes from data: k-means on a bounded sample of the first training batch, the same codes on every rank.
+
+The sample is the batch, or at most `256 K` rows of it and at most 2^24 elements. In a process group every rank gives
+its share of that bound, padded to a fixed size so that uneven and empty ranks meet in one collective; then each computes
+the same k-means on the same rows. Masked and non-finite rows are never in it.
+"""
+
+import torch
+from torch import Tensor
+
+from ..ops.kmeans import kmeans
+from .draws import count_rows, draw_positions, take_rows
+from .heads import Rows
+from .synchronisation import gather_over_ranks, world_size
+
+ROWS_PER_CODE = 256
+MOST_ELEMENTS = 1 << 24
+
+
+def sample_size(codebook_size: int, dim: int) -> int:
+    """The most rows that all ranks together give to the initialisation."""
+    return max(codebook_size, min(ROWS_PER_CODE * codebook_size, MOST_ELEMENTS // dim))
+
+
+@torch.no_grad()
+def sample_rows(rows: Rows, codebook_size: int, seed: int) -> Rows:
+    """The rows of all ranks that the codes are computed from; those that count, in the order of ranks and batch."""
+    dim, ranks = rows.values.shape[rows.channel_dim], world_size()
+    bound = sample_size(codebook_size, dim)
+    if ranks == 1 and rows.number <= bound:
+        return rows
+    count = -(-bound // ranks)
+    step = torch.zeros((), dtype=torch.int64, device=rows.values.device)
+    sample, usable = take_rows(rows, *draw_positions(seed, step, count_rows(rows), count, ascending=True))
+    packed = gather_over_ranks(torch.cat([sample, usable.unsqueeze(-1).to(sample.dtype)], -1), 1)
+    return Rows(packed[..., :-1], packed[..., -1] > 0, 2, True)
+
+
+@torch.no_grad()
+def initial_codes(rows: Rows, codebook_size: int, metric: str, seed: int, backend: str) -> Tensor:
+    """`(K, D)`, or `(H, K, D)` for batched rows: one k-means per codebook, as `vqkernels.ops.kmeans` describes it."""
+    sample = sample_rows(rows, codebook_size, seed)
+    codes, _ = kmeans(
+        sample.values,
+        codebook_size,
+        seed=seed,
+        mask=sample.mask,
+        channel_dim=sample.channel_dim,
+        batched=sample.batched,
+        backend=backend,
+        metric=metric,
+    )
+    return codes if sample.batched == rows.batched else codes.squeeze(0)
