@@ -40,7 +40,7 @@ def test_layouts_heads_and_masks(shape, channel_dim, number, separate, backend):
     z = torch.where(mask.unsqueeze(channel_dim), z, torch.nan)
     z.movedim(channel_dim, -1)[tuple(mask.nonzero()[3])].fill_(torch.inf)
     layer(z, mask=mask)
-    rows = Heads(number, separate, channel_dim).split(z, mask)
+    rows = Heads(number, separate, channel_dim % z.dim()).split(z, mask)
     values = rows.values.movedim(rows.channel_dim, -1)
     if separate:
         expected, _ = kmeans(torch.stack([values[head][mask] for head in range(2)]), 8, batched=True, backend=backend)

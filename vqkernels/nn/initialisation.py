@@ -1,8 +1,8 @@
 """Codes from data: k-means on a bounded sample of the first training batch, the same codes on every rank.
 
 The sample is the batch, or at most `256 K` rows of it and at most 2^24 elements. In a process group every rank gives
-its share of that bound, padded to a fixed size so that uneven and empty ranks meet in one collective; then each computes
-the same k-means on the same rows. Masked and non-finite rows are never in it.
+its share of that bound, padded to a fixed size so that uneven and empty ranks meet in one collective; then each
+computes the same k-means on the same rows. Masked and non-finite rows are never in it.
 """
 
 import torch
