@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from vqkernels.ops.kmeans import kmeans
 
 from vqkernels.nn import VectorQuantizer, initialisation
 from vqkernels.nn.heads import Heads, Rows
 from vqkernels.nn.normalisation import unit
+from vqkernels.ops.kmeans import kmeans
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
