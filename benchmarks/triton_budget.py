@@ -9,8 +9,12 @@ is what is compiled (by Triton for that chip), disassembled and counted; no list
 Pipe model. A multiprocessor has four schedulers; each issues one warp instruction per cycle, and comparisons,
 selections and integer logic run at half rate. A warp instruction makes 32 scores, so for the loop around the product
     cycles per score = max(2 · half-rate instructions, all instructions) / scores
-with both counts per warp. The tensor core's own time, D/16 cycles per score for 16-bit operands on sm_90, overlaps with
-it when two programs share a multiprocessor. Nothing here is a time measured on a GPU.
+with both counts per warp, over everything that one tile of codes costs. Up to D = 128 that is one pass of one loop.
+Beyond, the product loops over slices of D inside the loop over tiles, with the reduction outside of it: the outer body
+is counted once and the inner body as often as it runs, which the number of matrix instructions tells (what a tile
+needs, less those outside of the inner loop, over those in it; a remainder is an error). Waits that stand out of line
+count nothing. The tensor core's own time, D/16 cycles per score for 16-bit operands on sm_90, overlaps with it when two
+programs share a multiprocessor. Nothing here is a time measured on a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -108,7 +113,8 @@ def _describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
         kind = "constexpr"
         if isinstance(value, torch.Tensor):
             kind = _POINTERS[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            if value.storage_offset() * value.element_size() % 16 == 0:  # storage itself is aligned
+                attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):
             kind = f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>".replace(" ", "")
         elif isinstance(value, float) and not parameter.is_constexpr:
@@ -123,15 +129,18 @@ def _describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     return Launch(kernel, signature, constants, attributes, options, grid)
 
 
-def compile_launch(one: Launch, capability: tuple[int, int]) -> Program:
-    """Compile for a chip (Triton's cache makes this quick the second time) and read registers, spills and code back."""
+def compile_launch(one: Launch, capability: tuple[int, int], disassemble: bool = True) -> Program:
+    """Compile for a chip (Triton's cache makes this quick the second time) and read registers, spills and code back.
+    Disassembling takes as long as compiling: without it `sass` is empty."""
     source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     compiled = triton.compile(source, target=target, options=one.options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        sass = subprocess.run([_BIN / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
+        sass = ""
+        if disassemble:
+            sass = subprocess.run([_BIN / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
         usage = subprocess.run([_BIN / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=False)
     text = usage.stdout + usage.stderr
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
@@ -155,42 +164,82 @@ def instructions(sass: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
     return code, labels
 
 
-def product_loop(sass: str) -> list[str]:
-    """Opcodes of the smallest loop that holds a matrix instruction."""
+def loops(code: list[tuple[str, str]], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """(first, last) instruction of every loop. Behind the last EXIT stand waits, which jump back but are no loops."""
+    last = max((at for at, (opcode, _) in enumerate(code) if opcode == "EXIT"), default=len(code))
+    found = []
+    for end, (opcode, operands) in enumerate(code[:last]):
+        target = re.search(r"\.L_\w+", operands) if opcode.startswith("BRA") else None
+        if target and labels.get(target[0], end + 1) <= end:
+            found.append((labels[target[0]], end))
+    return found
+
+
+def matrix_instructions(opcodes: list[str]) -> int:
+    return sum(name.split(".")[0] in MATRIX for name in opcodes)
+
+
+def tile_pass(sass: str, products: int) -> collections.Counter[str]:
+    """How often each opcode runs per tile of codes, which takes `products` matrix instructions of one warp."""
     code, labels = instructions(sass)
-    bodies = []
-    for end, (opcode, operands) in enumerate(code):
-        if opcode.startswith("BRA"):
-            target = re.search(r"\.L_\w+", operands)
-            begin = labels.get(target[0], end + 1) if target else end + 1
-            body = [name for name, _ in code[begin : end + 1]]
-            if begin <= end and any(name.split(".")[0] in MATRIX for name in body):
-                bodies.append(body)
-    return min(bodies, key=len, default=[])
+    bodies = sorted(loops(code, labels), key=lambda span: span[1] - span[0])
+    names = [opcode for opcode, _ in code]
+    bodies = [(begin, end) for begin, end in bodies if matrix_instructions(names[begin : end + 1])]
+    if not bodies:
+        raise ValueError("no loop holds a matrix instruction")
+    begin, end = bodies[0]
+    inner = names[begin : end + 1]
+    if matrix_instructions(inner) == products:
+        return collections.Counter(inner)
+    outside = [
+        names[first:begin] + names[end + 1 : last + 1]
+        for first, last in bodies[1:]
+        if first <= begin and end <= last
+    ]  # fmt: skip
+    if not outside:
+        raise ValueError(f"a loop of {matrix_instructions(inner)} matrix instructions cannot make a tile of {products}")
+    trips, rest = divmod(products - matrix_instructions(outside[0]), matrix_instructions(inner))
+    if rest or trips < 1:
+        raise ValueError(f"the slices of a tile of {products} matrix instructions do not add up")
+    times = {opcode: trips * count for opcode, count in collections.Counter(inner).items()}
+    return collections.Counter(outside[0]) + collections.Counter(times)
 
 
-def cycles_per_score(body: list[str], scores_per_warp: float) -> dict[str, float]:
-    """Issue slots, half-rate instructions and modelled cycles per score of one loop body."""
-    counts = collections.Counter(name.split(".")[0] for name in body)
-    half = sum(count for name, count in counts.items() if name in HALF_RATE)
+def products_of_a_tile(capability: tuple[int, int], constants: dict[str, Any], warps: int) -> int:
+    """Matrix instructions that a warp issues for one [BM, PADDED] x [PADDED, BK] product of 16-bit numbers."""
+    rows, codes, depth = constants["BM"], constants["BK"], constants["PADDED"] // 16
+    if capability[0] == 8:  # 16 x 8 x 16 per warp
+        return rows // 16 * (codes // 8) * depth // warps
+    if capability[0] == 9:  # 64 x BK x 16 per four warps
+        return rows // 64 * depth * 4 // warps
+    return depth  # BM x BK x 16 per program
+
+
+def cycles_per_score(counts: collections.Counter[str], scores_per_warp: float) -> dict[str, float]:
+    """Issue slots, half-rate instructions and modelled cycles per score."""
+    half = sum(count for name, count in counts.items() if name.split(".")[0] in HALF_RATE)
     return {
-        "issue": round(len(body) / scores_per_warp, 3),
+        "issue": round(counts.total() / scores_per_warp, 3),
         "half_rate": round(half / scores_per_warp, 3),
-        "cycles": round(max(2 * half, len(body)) / scores_per_warp, 3),
+        "cycles": round(max(2 * half, counts.total()) / scores_per_warp, 3),
     }
 
 
 def search_launches(capability: tuple[int, int]) -> dict[str, Launch]:
-    """The candidate passes that `auto` can launch for large N, by epilogue and padded D."""
+    """The candidate pass of every entry of the table of tiles, by epilogue, D and number of rows."""
+    from vqkernels.backends.triton import configs
     from vqkernels.backends.triton.nearest import nearest
 
     found = {}
-    for precision in ("fast", "exact"):
-        for dim in (8, 32, 64, 128, 256):
-            with recorded(capability) as launches:
-                nearest(torch.empty(1, 1, 65536, dim), torch.empty(1, 1024, dim), None, "euclidean", precision)
-            (one,) = [entry for entry in launches if entry.kernel.__name__ == "search_kernel"]
-            found[f"{precision} D={dim}"] = one
+    entries = [(b, size) for b, sizes in configs.TABLE[configs.family(capability)].items() for size in sizes]
+    for precision, (bucket, size) in itertools.product(("fast", "exact"), entries):
+        dim = 8 if bucket == 16 else bucket
+        rows, name = {"few": (configs.FEW_ROWS, f" N<={configs.FEW_ROWS}"), "many": (65536, "")}[size]
+        with recorded(capability) as launches:
+            z, codebook = torch.empty(1, 1, rows, dim, device="meta"), torch.empty(1, 16384, dim, device="meta")
+            nearest(z, codebook, None, "euclidean", precision)
+        (one,) = [entry for entry in launches if entry.kernel.__name__ == "search_kernel"]
+        found[f"{precision} D={dim}{name}"] = one
     return found
 
 
@@ -206,10 +255,9 @@ def row(one: Launch, capability: tuple[int, int]) -> dict[str, Any]:
         "stack": program.stack,
         "shared": program.shared,
     }
-    if constants["BD"] == constants["PADDED"]:  # a sliced product has its reduction outside the inner loop
-        scores = constants["BM"] * constants["BK"] / 32 / warps
-        line |= cycles_per_score(product_loop(program.sass), scores)
-    return line
+    scores = constants["BM"] * constants["BK"] / 32 / warps
+    products = products_of_a_tile(capability, constants, warps)
+    return line | cycles_per_score(tile_pass(program.sass, products), scores)
 
 
 def table(capabilities: list[tuple[int, int]]) -> dict[str, Any]:
@@ -229,7 +277,7 @@ def main() -> None:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
     result = table(list(CHIPS))
     for name, line in result["search_kernel"].items():
-        print(f"{name:22s}", "  ".join(f"{key} {value}" for key, value in line.items()))
+        print(f"{name:28s}", "  ".join(f"{key} {value}" for key, value in line.items()))
     if arguments.write:
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,10 +6,13 @@ import warnings
 import pytest
 import torch
 
+import vqkernels as vq
 from vqkernels.backends import gpu, registry, triton, verified
+from vqkernels.cli import verify
 
 HOPPER = gpu.Gpu(0, "NVIDIA H200", (9, 0))
 TURING = gpu.Gpu(1, "Tesla T4", (7, 5))
+AMPERE = gpu.Gpu(2, "NVIDIA A100", (8, 0))
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "_override", "auto")
 
     def having(*gpus):
-        monkeypatch.setattr(gpu, "_state", None)
+        monkeypatch.setattr(gpu, "_states", {})
         monkeypatch.setattr(gpu, "visible", lambda: list(gpus))
 
     return having
@@ -71,15 +74,65 @@ def test_a_verification_of_something_else_vouches_for_nothing(field, machine):
         assert registry.resolve("auto", "cuda") == "eager"
 
 
-def test_every_visible_gpu_must_be_served(machine):
-    machine(HOPPER, TURING)
-    problem = "the kernels need sm_80 or newer, got GPU 1, Tesla T4, sm_75"
-    with pytest.raises(RuntimeError, match=f'backend "triton" is unavailable: {problem}'):
-        registry.resolve("triton", "cuda")
-    with pytest.warns(RuntimeWarning, match=problem):
-        assert registry.resolve("auto", "cuda") == "eager"
-    assert registry.available("cuda") == ["eager"]
-    assert dict(registry.report())["backend triton"] == f"unavailable: {problem}"
+def test_each_gpu_is_judged_alone(machine):
+    """Of three GPUs one is verified, one is not, one is too old: a tensor's own GPU decides."""
+    machine(HOPPER, TURING, AMPERE)
+    path = verified.record(gpu.key(HOPPER), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry.resolve("auto", torch.device("cuda", 0)) == "triton"
+        assert registry.resolve("triton", torch.device("cuda", 2)) == "triton"
+    old = "the kernels need sm_80 or newer, got GPU 1, Tesla T4, sm_75"
+    with pytest.raises(RuntimeError, match=f'backend "triton" is unavailable: {old}'):
+        registry.resolve("triton", torch.device("cuda", 1))
+    with pytest.warns(RuntimeWarning, match=old):
+        assert registry.resolve("auto", torch.device("cuda", 1)) == "eager"
+    with pytest.warns(RuntimeWarning, match="not verified on GPU 2, NVIDIA A100, sm_80"):
+        assert registry.resolve("auto", torch.device("cuda", 2)) == "eager"
+    assert [registry.available(f"cuda:{n}") for n in range(3)] == [["triton", "eager"], ["eager"], ["triton", "eager"]]
+    report = dict(registry.report())
+    assert report["backend triton"].startswith("Triton 3.6, kernels ")
+    assert report["GPU 0"] == f"NVIDIA H200, sm_90, verified, says {path}"
+    assert report["GPU 1"] == "Tesla T4, sm_75, not served: the kernels need sm_80 or newer"
+    assert report["GPU 2"] == "NVIDIA A100, sm_80, not verified: run `vqkernels verify`"
+    assert report["auto on a GPU"].startswith(f"GPU 0: triton; GPU 1: eager: {old}; GPU 2: eager: the Triton kernels")
+
+
+def test_a_gpu_is_looked_up_once_and_no_other_with_it(machine, monkeypatch):
+    """Nothing is asked of CUDA before the first tensor on a GPU, and nothing about a GPU again after it."""
+    machine(HOPPER, AMPERE)
+    verified.record(gpu.key(HOPPER), {})
+    asked = []
+    monkeypatch.setattr(gpu, "_judge", lambda number, judge=gpu._judge: asked.append(number) or judge(number))
+    assert registry.resolve("auto", torch.device("cpu")) in ("cpu", "eager")
+    assert asked == []
+    for _ in range(3):
+        registry.resolve("auto", torch.device("cuda", 0))
+    assert asked == [0] and gpu._states == {0: ("", "")}
+
+
+def test_the_operations_pass_the_device_of_their_tensor(monkeypatch):
+    """Not its type alone: GPUs of one process may differ."""
+    asked = []
+    monkeypatch.setattr(registry, "resolve", lambda backend, device: asked.append(device) or "eager")
+    z, codebook = torch.zeros(3, 2), torch.zeros(4, 2)
+    vq.nearest_code(z, codebook)
+    vq.vector_quantize(z, codebook)
+    vq.codebook_statistics(z, torch.zeros(3, dtype=torch.int64), 4)
+    assert asked == [torch.device("cpu")] * 3
+
+
+def test_verify_takes_one_gpu_of_each_kind_that_is_served(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    machine(TURING._replace(number=0), HOPPER._replace(number=1), HOPPER._replace(number=2), AMPERE._replace(number=3))
+    assert verify._devices("triton", None) == [torch.device("cuda", 1), torch.device("cuda", 3)]
+    assert verify._devices("triton", "cuda:2") == [torch.device("cuda", 2)]
+    machine(TURING._replace(number=0))
+    for wanted in (None, "cuda:0"):
+        with pytest.raises(RuntimeError, match="sm_80 or newer, got GPU 0, Tesla T4"):
+            verify._devices("triton", wanted)
+    with pytest.raises(RuntimeError, match="there is no GPU 4: torch sees 1"):
+        verify._devices("triton", "cuda:4")
 
 
 def test_a_refusal_is_one_sentence(machine, monkeypatch):
@@ -99,16 +152,20 @@ def test_a_refusal_is_one_sentence(machine, monkeypatch):
 
 
 def test_the_choice_is_a_constant_of_a_compiled_graph(machine):
+    """One constant per GPU, in one graph too; the override is still a guard."""
+
     def chosen(x):
-        return x + 1 if registry.resolve("auto", "cuda") == "triton" else x - 1
+        taken = [registry.resolve("auto", torch.device("cuda", number)) == "triton" for number in (0, 2)]
+        return x + (1 if taken[0] else -1) + (10 if taken[1] else -10)
 
     torch._dynamo.reset()
-    machine(HOPPER)
+    machine(HOPPER, TURING, AMPERE)
     verified.record(gpu.key(HOPPER), {})
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(())) == 1
+    assert compiled(torch.zeros(())) == -9
     with registry.use_backend("eager"):
-        assert compiled(torch.zeros(())) == -1
+        assert compiled(torch.zeros(())) == -11
+    assert compiled(torch.zeros(())) == -9
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 2, "verified": []}', '{"format": 1, "verified": [3]}', "\0"])

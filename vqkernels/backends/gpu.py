@@ -1,7 +1,7 @@
-"""Whether the Triton kernels can serve the GPUs of this process, and whether they were verified on them.
+"""Whether the Triton kernels can serve a GPU of this process, and whether they were verified on its kind.
 
-Looked up once, when the first GPU tensor asks: looking earlier would initialise CUDA in a process that may yet fork.
-All visible GPUs must be served and verified alike; CUDA_VISIBLE_DEVICES hides the others.
+Each GPU is judged alone, once, when the first tensor on it asks: looking earlier would initialise CUDA in a process
+that may yet fork.
 """
 
 import importlib.metadata
@@ -47,38 +47,40 @@ def key(gpu: Gpu) -> verified.Key:
     return verified.Key(f"{gpu.capability[0]}.{gpu.capability[1]}", triton.source_hash(), triton_version())
 
 
-# (why the kernels cannot serve the GPUs, or ""; why "auto" must not take them yet, or ""), once looked up
-_state: tuple[str, str] | None = None
+# by the GPU's number: (why the kernels cannot serve it, or ""; why "auto" must not take them there yet, or "")
+_states: dict[int, tuple[str, str]] = {}
 
 
-def state() -> tuple[str, str]:
-    """(problem, doubt): why the kernels cannot serve, and why they are not trusted yet; empty strings where they do."""
-    global _state
-    if _state is None:
-        _state = _problem(), ""
-        if not _state[0]:
-            _state = "", _doubt()
-    return _state
+def state(index: int | None) -> tuple[str, str]:
+    """(problem, doubt) of the GPU of this number, or of the current one: why the kernels cannot serve it, and why they
+    are not trusted on it yet; empty strings where they do."""
+    number = _current() if index is None else index
+    if number not in _states:
+        _states[number] = _judge(number)
+    return _states[number]
 
 
 # What torch.compiler.assume_constant_result sets, without its import of the compiler: facts of a process are constants.
 state._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _problem() -> str:
+def _current() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _judge(number: int) -> tuple[str, str]:
     if reason := triton.problem():
-        return reason
+        return reason, ""
     if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs, and this torch is built for ROCm"
+        return "the kernels are for NVIDIA GPUs, and this torch is built for ROCm", ""
     gpus = visible()
     if not gpus:
-        return "torch sees no CUDA GPU"
-    old = next((gpu for gpu in gpus if not triton.supports(gpu.capability)), None)
-    return f"the kernels need sm_80 or newer, got {old}" if old else ""
-
-
-def _doubt() -> str:
-    unknown = next((gpu for gpu in visible() if verified.where(key(gpu)) is None), None)
-    if unknown is None:
-        return ""
-    return f"the Triton kernels are not verified on {unknown}, with Triton {triton_version()}"
+        return "torch sees no CUDA GPU", ""
+    one = next((gpu for gpu in gpus if gpu.number == number), None)
+    if one is None:
+        return f"there is no GPU {number}: torch sees {len(gpus)}", ""
+    if not triton.supports(one.capability):
+        return f"the kernels need sm_80 or newer, got {one}", ""
+    if verified.where(key(one)) is None:
+        return "", f"the Triton kernels are not verified on {one}, with Triton {triton_version()}"
+    return "", ""

@@ -29,34 +29,36 @@ def _check(name: str) -> str:
     return name
 
 
-def resolve(backend: str, device_type: str) -> str:
-    """The backend for tensors on `device_type`: "cpu", "triton" or "eager". An explicit request never falls back."""
+def resolve(backend: str, device: torch.device | str) -> str:
+    """The backend for tensors on `device`: "cpu", "triton" or "eager". An explicit request never falls back."""
     _check(backend)
+    if isinstance(device, str):
+        device = torch.device(device)
     if backend == "auto":
         backend = _check(_override)
     if backend == "auto":
-        return _automatic(device_type)
+        return _automatic(device)
     if backend == "cpu":
-        if device_type != "cpu":
-            raise RuntimeError(f'backend "cpu" computes CPU tensors, got a tensor on {device_type}')
+        if device.type != "cpu":
+            raise RuntimeError(f'backend "cpu" computes CPU tensors, got a tensor on {device.type}')
         if _cpu_problem is not None:
             raise RuntimeError(f'backend "cpu" is unavailable: {_cpu_problem}')
     if backend == "triton":
-        if device_type != "cuda":
-            raise RuntimeError(f'backend "triton" computes CUDA tensors, got a tensor on {device_type}')
-        if problem := gpu.state()[0]:
+        if device.type != "cuda":
+            raise RuntimeError(f'backend "triton" computes CUDA tensors, got a tensor on {device.type}')
+        if problem := gpu.state(device.index)[0]:
             raise RuntimeError(f'backend "triton" is unavailable: {problem}')
     return backend
 
 
-def _automatic(device_type: str) -> str:
+def _automatic(device: torch.device) -> str:
     """The fastest backend that is available and verified."""
-    if device_type == "cpu":
+    if device.type == "cpu":
         if _cpu_problem is None:
             return "cpu"
         _warn_once(f"vqkernels: the C++ kernels are unavailable ({_cpu_problem}); using the slower eager backend")
-    if device_type == "cuda":
-        problem, doubt = gpu.state()
+    if device.type == "cuda":
+        problem, doubt = gpu.state(device.index)
         if not problem and not doubt:
             return "triton"
         if problem:
@@ -72,11 +74,12 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def available(device_type: str) -> list[str]:
-    """Every backend that can compute tensors on `device_type`, best first, verified or not."""
-    if device_type == "cpu" and _cpu_problem is None:
+def available(device: torch.device | str) -> list[str]:
+    """Every backend that can compute tensors on `device`, best first, verified or not."""
+    device = torch.device(device)
+    if device.type == "cpu" and _cpu_problem is None:
         return ["cpu", "eager"]
-    if device_type == "cuda" and not gpu.state()[0]:
+    if device.type == "cuda" and not gpu.state(device.index)[0]:
         return ["triton", "eager"]
     return ["eager"]
 
@@ -116,16 +119,28 @@ def report() -> list[tuple[str, str]]:
 
 def _triton_report() -> list[tuple[str, str]]:
     """The backend, and what is known of each GPU."""
-    if problem := gpu.state()[0]:
-        return [("backend triton", f"unavailable: {problem}")]
+    gpus = gpu.visible()
+    problems = {gpu.state(one.number)[0] for one in gpus} or {gpu.state(0)[0]}
+    if "" not in problems:
+        return [("backend triton", f"unavailable: {'; '.join(sorted(problems))}")]
     lines = [("backend triton", f"Triton {gpu.triton_version()}, kernels {triton.source_hash()}")]
-    for one in gpu.visible():
-        by = verified.where(gpu.key(one))
-        told = f"verified, says {by}" if by else "not verified: run `vqkernels verify`"
+    for one in gpus:
+        if gpu.state(one.number)[0]:
+            told = "not served: the kernels need sm_80 or newer"
+        else:
+            by = verified.where(gpu.key(one))
+            told = f"verified, says {by}" if by else "not verified: run `vqkernels verify`"
         lines.append((f"GPU {one.number}", f"{one.name}, sm_{one.capability[0]}{one.capability[1]}, {told}"))
     return lines
 
 
 def _automatic_on_gpu() -> str:
-    problem, doubt = gpu.state()
+    """What "auto" takes on each GPU; one text where they agree."""
+    choices = {one.number: _choice(*gpu.state(one.number)) for one in gpu.visible()} or {0: _choice(*gpu.state(0))}
+    if len(set(choices.values())) == 1:
+        return next(iter(choices.values()))
+    return "; ".join(f"GPU {number}: {choice}" for number, choice in choices.items())
+
+
+def _choice(problem: str, doubt: str) -> str:
     return f"eager: {problem or doubt}" if problem or doubt else "triton"

@@ -21,10 +21,10 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        kind = torch.device(options.device).type
-        if kind == "cuda" and not torch.cuda.is_available():
+        device = torch.device(options.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"there is no device {options.device}: torch sees no CUDA GPU")
-        backends = [registry.resolve(name, kind) for name in options.backend or registry.available(kind)]
+        backends = [registry.resolve(name, device) for name in options.backend or registry.available(device)]
     except (RuntimeError, ValueError) as error:
         print(f"vqkernels attack: {error}", file=sys.stderr)
         return 2

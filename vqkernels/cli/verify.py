@@ -38,13 +38,14 @@ def _devices(backend: str, wanted: str | None) -> list[torch.device]:
     device = torch.device(wanted or kind)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"there is no GPU to prove the {backend} backend on: torch sees no CUDA GPU")
-    registry.resolve(backend, device.type)
-    if device.type != "cuda":
-        return [device]
-    if wanted is None:  # one GPU of each compute capability
-        kinds = {one.capability: one.number for one in reversed(gpu.visible())}
-        return [torch.device("cuda", number) for number in sorted(kinds.values())]
-    return [torch.device("cuda", device.index or 0)]
+    if device.type != "cuda" or wanted is not None or backend != "triton":
+        registry.resolve(backend, device)
+        return [device if device.type != "cuda" else torch.device("cuda", device.index or 0)]
+    # one GPU of each compute capability that the kernels serve; where they serve none, the first says why
+    kinds = {one.capability: one.number for one in reversed(gpu.visible()) if not gpu.state(one.number)[0]}
+    if not kinds:
+        registry.resolve(backend, torch.device("cuda", 0))
+    return [torch.device("cuda", number) for number in sorted(kinds.values())]
 
 
 def _prove(backend: str, device: torch.device) -> bool:

@@ -71,7 +71,12 @@ def nearest_code(
             norm).
         precision: "exact" obeys the contract of `vqkernels.reference`: the index is the lowest that minimises the
             float64 score, on every backend, thread count and batch split. "fast" takes the minimum of the filter's
-            native arithmetic, which may differ where two codes are nearly equally near.
+            native arithmetic, which may differ where two codes are nearly equally near. Wrong indices among 65,536
+            float32 rows (K = 512 to 8192, D = 32 to 256; `python -m benchmarks.fast_precision`): on the CPU, whose
+            filter is float32, none; in the Triton backend, whose filter rounds to fp16, at most 8 in 10,000 on Gaussian
+            rows and codes, about 5 in 10,000 with a k-means codebook, none on well separated clusters; no chosen code's
+            squared distance is more than 0.05 % above the nearest's. The Triton figures are simulated on a CPU with the
+            backend's own packing code and float32 sums; they were not measured on a GPU.
         channel_dim: the axis of z that holds the D channels.
         backend: "auto", or a backend by name, which is then taken or refused.
         return_certificate: also return the fraction of unmasked rows that the filter decided without re-scoring.
@@ -87,7 +92,7 @@ def nearest_code(
     check_choice("precision", precision, PRECISIONS)
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
-    chosen = registry.resolve(backend, z.device.type)
+    chosen = registry.resolve(backend, z.device)
     indices, decided = nearest(chosen, z.detach(), codebook.detach(), mask, channel_dim, metric, precision)
     if not return_certificate:
         return indices

@@ -51,6 +51,10 @@ def codebook_statistics(
         `counts (K,)` int64 and `sums (K, D)` float32 (float64 where z is), with a leading axis H if `batched`: each
         sum is accumulated in float64 over the rows in ascending order and rounded once. Rows with a NaN or an
         infinity count nowhere.
+
+    Raises:
+        RuntimeError: where an index is `codebook_size` or more and the backend is cpu or eager. The Triton backend does
+            not wait for the device to tell: there such a row counts nowhere, like one with index -1.
     """
     if not isinstance(codebook_size, int) or codebook_size < 1:
         raise ValueError(f"codebook_size must be a positive int, got {codebook_size!r}")
@@ -66,6 +70,6 @@ def codebook_statistics(
     expected = row_shape(z, channel_dim)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or tuple(indices.shape) != expected:
         raise ValueError(f"indices must be int64 of z's shape without channels, {list(expected)}")
-    chosen = registry.resolve(backend, z.device.type)
+    chosen = registry.resolve(backend, z.device)
     counts, sums = statistics(chosen, z.detach(), indices, codebook_size, mask, channel_dim, batched)
     return (counts, sums) if batched else (counts[0], sums[0])

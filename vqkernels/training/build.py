@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
 def check_backend(name: str, device: torch.device) -> None:
     """Raise UserError unless this backend can compute on the device."""
     try:
-        registry.resolve(name, device.type)
+        registry.resolve(name, device)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
 

@@ -49,6 +49,21 @@ def test_rows_that_count_nowhere(device):
     assert sums.isfinite().all()
 
 
+def test_an_index_out_of_range_counts_nowhere(device):
+    """As the op documents it: the device is not waited for. The key must not run into the next head's either."""
+    z = torch.randn(2, 40, 3)
+    indices = torch.randint(0, 5, (2, 40))
+    wrong = indices.clone()
+    wrong[0, :6] = torch.tensor([5, 6, 2**15, 2**31, 2**32 + 1, 2**62])
+    wrong[1, :3] = torch.tensor([-2, -(2**40), 5])
+    counts, sums = triton_statistics.statistics(z[None].to(device), wrong[None].to(device), 5, None)
+    indices[0, :6] = indices[1, :3] = -1
+    for head in range(2):
+        expected_counts, expected_sums = reference.statistics(z[head], indices[head], 5)
+        assert torch.equal(counts[head].cpu(), expected_counts)
+        torch.testing.assert_close(sums[head].cpu().double(), expected_sums, rtol=1e-6, atol=1e-6)
+
+
 def test_no_rows(device):
     (counts, sums), _ = both(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), 4, device)
     assert (counts == 0).all()

@@ -24,6 +24,8 @@ class SearchConfig:
 
 
 INTERPRETED = "interpreter"
+FEW_ROWS = 64
+SLICED = 256  # the D bucket of every D above 128, however large
 RESOLVE_ROWS = 16
 RESCORE_ROWS = 16
 RESCORE_CODES = 64
@@ -52,21 +54,43 @@ def family(capability: tuple[int, int] | str) -> int | str:
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
-# family -> {D bucket: (BM, BK, warps, stages)} for large N; bucket 256 stands for every sliced D. Chosen by counted
-# cycles per score among shapes that do not spill. 90: 128 x 128 with 4 warps leaves two programs per multiprocessor,
-# whose products and reductions then overlap. 80: the product costs issue slots too, and narrow tiles free registers.
-# Sliced: every code tile reads the row tile again, so it should not be narrow.
-_LARGE = {
-    80: {16: (128, 32, 4, 3), 32: (128, 32, 4, 3), 64: (128, 32, 4, 3), 128: (128, 32, 4, 3), 256: (64, 64, 4, 3)},
-    90: {
-        16: (128, 128, 4, 3),
-        32: (128, 128, 4, 3),
-        64: (128, 128, 4, 3),
-        128: (128, 128, 4, 2),
-        256: (128, 128, 4, 3),
+# family -> D bucket -> size bucket -> (BM, BK, warps, stages). Chosen by counted cycles per score among shapes that do
+# not spill. 90: 128 x 128 with 4 warps leaves two programs per multiprocessor, whose products and reductions then
+# overlap. 80: the product costs issue slots too, and narrow tiles free registers. Sliced: every code tile reads the row
+# tile again, so it should not be narrow. Few rows: nothing is gained by a row tile that is mostly padding.
+TABLE: dict[int, dict[int, dict[str, tuple[int, int, int, int]]]] = {
+    80: {
+        16: {"few": (64, 32, 4, 3), "many": (128, 32, 4, 3)},
+        32: {"few": (64, 32, 4, 3), "many": (128, 32, 4, 3)},
+        64: {"few": (64, 32, 4, 3), "many": (128, 32, 4, 3)},
+        128: {"few": (64, 32, 4, 3), "many": (128, 32, 4, 3)},
+        SLICED: {"few": (64, 64, 4, 3), "many": (64, 64, 4, 3)},
     },
-    100: {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 4, 3), 256: (128, 64, 4, 3)},
+    90: {
+        16: {"few": (64, 128, 4, 3), "many": (128, 128, 4, 3)},
+        32: {"few": (64, 128, 4, 3), "many": (128, 128, 4, 3)},
+        64: {"few": (64, 128, 4, 3), "many": (128, 128, 4, 3)},
+        128: {"few": (64, 128, 4, 2), "many": (128, 128, 4, 2)},
+        SLICED: {"few": (64, 128, 4, 3), "many": (128, 128, 4, 3)},
+    },
+    100: {
+        16: {"few": (64, 64, 4, 3), "many": (128, 64, 4, 3)},
+        32: {"few": (64, 64, 4, 3), "many": (128, 64, 4, 3)},
+        64: {"few": (64, 64, 4, 3), "many": (128, 64, 4, 3)},
+        128: {"few": (64, 64, 4, 3), "many": (128, 64, 4, 3)},
+        SLICED: {"few": (64, 64, 4, 3), "many": (128, 64, 4, 3)},
+    },
 }
+
+
+def dim_bucket(padded: int) -> int:
+    """The column of the table that serves a padded D."""
+    return padded if padded <= 128 else SLICED
+
+
+def size_bucket(rows: int) -> str:
+    """The column of the table that serves this many rows of one head."""
+    return "few" if rows <= FEW_ROWS else "many"
 
 
 def search_config(capability: tuple[int, int] | str, padded: int, rows: int) -> SearchConfig:
@@ -74,8 +98,5 @@ def search_config(capability: tuple[int, int] | str, padded: int, rows: int) -> 
     kind = family(capability)
     if isinstance(kind, str):
         return SearchConfig(32, 64, slice_dim(padded), 4, 1, False)
-    bucket = min(padded, 256) if padded <= 128 else 256
-    block_rows, block_codes, warps, stages = _LARGE[kind][bucket]
-    if rows <= 64:
-        block_rows = 64
+    block_rows, block_codes, warps, stages = TABLE[kind][dim_bucket(padded)][size_bucket(rows)]
     return SearchConfig(block_rows, block_codes, slice_dim(padded), warps, stages, kind != 80)

@@ -16,6 +16,8 @@ from vqkernels.backends.triton import configs
 # The contract rounds multiplication and addition separately, and Triton's default is about to change: always explicit.
 SEPARATE_ROUNDING: dict[str, Any] = {"enable_fp_fusion": False}
 FUSED_ROUNDING: dict[str, Any] = {"enable_fp_fusion": True}
+# For kernels of which the assembler would otherwise spill eight bytes for the sake of occupancy.
+ALL_REGISTERS: dict[str, Any] = {"maxnreg": 255}
 
 
 def interpreted() -> bool:

@@ -21,6 +21,7 @@ import triton
 
 from vqkernels.backends.triton import configs
 from vqkernels.backends.triton.launch import (
+    ALL_REGISTERS,
     FUSED_ROUNDING,
     SEPARATE_ROUNDING,
     capability,
@@ -122,7 +123,7 @@ def pack_codes(codebook: torch.Tensor, metric: str, config: configs.SearchConfig
         )  # fmt: skip
     pack_codes_kernel[(padded_codes // configs.PACK_CODES, heads)](
         codebook, result.centre, result.state, result.packed, result.half_norms, codes, padded_codes, *strides,
-        DIM=dim, PADDED=padded, BK=configs.PACK_CODES, BD=slab, METRIC=metric, **FUSED_ROUNDING,
+        DIM=dim, PADDED=padded, BK=configs.PACK_CODES, BD=slab, METRIC=metric, **ALL_REGISTERS, **FUSED_ROUNDING,
     )  # fmt: skip
     return result
 
@@ -210,7 +211,7 @@ def _certify(
         codes.padded_codes // configs.RESCORE_CODES, positions, *z.stride(), *codebook.stride(),
         DIM=dim, PADDED=padded, BM=configs.RESCORE_ROWS, BK=configs.RESCORE_CODES, BD=min(padded, 64), METRIC=metric,
         FEW=configs.RESCORE_FEW,
-        maxnreg=255,  # otherwise the assembler spills eight bytes for the sake of occupancy
+        **ALL_REGISTERS,
         **SEPARATE_ROUNDING,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from vqkernels.backends.triton.gather import gather_kernel, grad_kernel
-from vqkernels.backends.triton.launch import FUSED_ROUNDING, interpreted, on_device
+from vqkernels.backends.triton.launch import ALL_REGISTERS, FUSED_ROUNDING, interpreted, on_device
 from vqkernels.backends.triton.nearest import nearest
 from vqkernels.backends.triton.statistics import empty_keys, segment_sums, sums_by_key
 from vqkernels.backends.triton.views import KEY_ROWS, slab, wide
@@ -95,8 +95,9 @@ def quantize_backward(
             grad_kernel[(triton.cdiv(rows, KEY_ROWS), heads)](
                 grad_quantized, grad_commitment_loss, elements, z, codebook, indices.contiguous(), grad_z, keys,
                 rows, positions, codes, *z.stride(), *codebook.stride(), *grad_quantized.stride(), *grad_z.stride(),
-                DIM=dim, BM=KEY_ROWS, BD=slab(dim), WIDE=rotated or wide(z) or wide(codebook), ROTATED=rotated,
-                INTERPRETED=interpreted(), **FUSED_ROUNDING,
+                DIM=dim, BM=KEY_ROWS, BD=min(slab(dim), 32 if rotated else 64),  # 64 rotated channels spill
+                WIDE=rotated or wide(z) or wide(codebook), ROTATED=rotated,
+                INTERPRETED=interpreted(), **ALL_REGISTERS, **FUSED_ROUNDING,
             )  # fmt: skip
         if not codebook_gradient:
             return grad_z, codebook.new_empty(0)
