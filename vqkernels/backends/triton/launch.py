@@ -16,8 +16,11 @@ from vqkernels.backends.triton import configs
 # The contract rounds multiplication and addition separately, and Triton's default is about to change: always explicit.
 SEPARATE_ROUNDING: dict[str, Any] = {"enable_fp_fusion": False}
 FUSED_ROUNDING: dict[str, Any] = {"enable_fp_fusion": True}
-# For kernels of which the assembler would otherwise spill eight bytes for the sake of occupancy.
-ALL_REGISTERS: dict[str, Any] = {"maxnreg": 255}
+
+
+def registers(wide: bool) -> dict[str, Any]:
+    """All registers for arithmetic in float64: the assembler would otherwise spill a few for the sake of occupancy."""
+    return {"maxnreg": 255} if wide else {}
 
 
 def interpreted() -> bool:

@@ -21,12 +21,12 @@ import triton
 
 from vqkernels.backends.triton import configs
 from vqkernels.backends.triton.launch import (
-    ALL_REGISTERS,
     FUSED_ROUNDING,
     SEPARATE_ROUNDING,
     capability,
     multiprocessors,
     on_device,
+    registers,
     tile_operand,
 )
 from vqkernels.backends.triton.pack import centre_kernel, extent_kernel, pack_codes_kernel
@@ -123,7 +123,7 @@ def pack_codes(codebook: torch.Tensor, metric: str, config: configs.SearchConfig
         )  # fmt: skip
     pack_codes_kernel[(padded_codes // configs.PACK_CODES, heads)](
         codebook, result.centre, result.state, result.packed, result.half_norms, codes, padded_codes, *strides,
-        DIM=dim, PADDED=padded, BK=configs.PACK_CODES, BD=slab, METRIC=metric, **ALL_REGISTERS, **FUSED_ROUNDING,
+        DIM=dim, PADDED=padded, BK=configs.PACK_CODES, BD=slab, METRIC=metric, **registers(True), **FUSED_ROUNDING,
     )  # fmt: skip
     return result
 
@@ -211,7 +211,7 @@ def _certify(
         codes.padded_codes // configs.RESCORE_CODES, positions, *z.stride(), *codebook.stride(),
         DIM=dim, PADDED=padded, BM=configs.RESCORE_ROWS, BK=configs.RESCORE_CODES, BD=min(padded, 64), METRIC=metric,
         FEW=configs.RESCORE_FEW,
-        **ALL_REGISTERS,
+        **registers(True),
         **SEPARATE_ROUNDING,
     )  # fmt: skip
 

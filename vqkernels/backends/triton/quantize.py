@@ -12,7 +12,7 @@ import torch
 import triton
 
 from vqkernels.backends.triton.gather import gather_kernel, grad_kernel
-from vqkernels.backends.triton.launch import ALL_REGISTERS, FUSED_ROUNDING, interpreted, on_device
+from vqkernels.backends.triton.launch import FUSED_ROUNDING, interpreted, on_device, registers
 from vqkernels.backends.triton.nearest import nearest
 from vqkernels.backends.triton.statistics import empty_keys, segment_sums, sums_by_key
 from vqkernels.backends.triton.views import KEY_ROWS, slab, wide
@@ -48,7 +48,7 @@ def lookup(
     batch, heads, positions, dim = z.shape
     rows, codes = batch * positions, codebook.shape[1]
     quantized = torch.empty_like(z) if out is None else out
-    blocks = triton.cdiv(rows, KEY_ROWS)
+    blocks, double = triton.cdiv(rows, KEY_ROWS), wide(z) or wide(codebook)
     partial_error = torch.empty(heads * blocks, dtype=torch.float64, device=z.device)
     keys = empty_keys(z, codes) if statistics else None
     with on_device(z):
@@ -56,8 +56,8 @@ def lookup(
             gather_kernel[(blocks, heads)](
                 z, codebook, indices.contiguous(), quantized, partial_error, keys,
                 rows, positions, codes, *z.stride(), *codebook.stride(), *quantized.stride(),
-                DIM=dim, BM=KEY_ROWS, BD=slab(dim), WIDE=wide(z) or wide(codebook),
-                KEYS=statistics, INTERPRETED=interpreted(), **FUSED_ROUNDING,
+                DIM=dim, BM=KEY_ROWS, BD=slab(dim), WIDE=double,
+                KEYS=statistics, INTERPRETED=interpreted(), **registers(double), **FUSED_ROUNDING,
             )  # fmt: skip
         squared_error = partial_error.sum()
         if keys is None:
@@ -90,14 +90,14 @@ def quantize_backward(
     grad_z = torch.empty_like(z) if out is None else out
     keys = empty_keys(z, codes)
     rotated = gradient == "rotation"
+    double = rotated or wide(z) or wide(codebook)
     with on_device(z):
         if keys.numel() > 0:
             grad_kernel[(triton.cdiv(rows, KEY_ROWS), heads)](
                 grad_quantized, grad_commitment_loss, elements, z, codebook, indices.contiguous(), grad_z, keys,
                 rows, positions, codes, *z.stride(), *codebook.stride(), *grad_quantized.stride(), *grad_z.stride(),
                 DIM=dim, BM=KEY_ROWS, BD=min(slab(dim), 32 if rotated else 64),  # 64 rotated channels spill
-                WIDE=rotated or wide(z) or wide(codebook), ROTATED=rotated,
-                INTERPRETED=interpreted(), **ALL_REGISTERS, **FUSED_ROUNDING,
+                WIDE=double, ROTATED=rotated, INTERPRETED=interpreted(), **registers(double), **FUSED_ROUNDING,
             )  # fmt: skip
         if not codebook_gradient:
             return grad_z, codebook.new_empty(0)
