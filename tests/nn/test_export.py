@@ -1,0 +1,79 @@
+"""Export without the library: the same results from plain PyTorch operators, and from ONNX where it is installed."""
+
+import pytest
+import torch
+
+from vqkernels.nn import VectorQuantizer
+from vqkernels.nn.export import decompositions
+
+CONFIGURATIONS = {
+    "plain": dict(),
+    "eager": dict(backend="eager"),
+    "dot": dict(metric="dot"),
+    "cosine": dict(metric="cosine", ema_decay=0.9),
+    "shared heads": dict(heads=2),
+    "heads": dict(heads=2, separate_codebooks=True, init="kmeans"),
+    "projection": dict(codebook_dim=4, ema_decay=0.9, revive="rows", gradient="rotation"),
+}
+
+
+def trained(name):
+    layer = VectorQuantizer(6, 16, channel_dim=1, **CONFIGURATIONS[name])
+    with torch.no_grad():
+        layer.codebook.normal_()
+    layer(torch.randn(8, 6, 10))
+    return layer.eval()
+
+
+def exported(layer, arguments, keywords=None):
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+    shapes = {"z": {0: batch, 2: time}}
+    if keywords:
+        shapes |= {"mask": {0: batch, 1: time}}
+    program = torch.export.export(layer, arguments, keywords, dynamic_shapes=shapes)
+    return program.run_decompositions(decompositions())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_no_operator_of_ours_is_left_and_values_are_the_same(name, masked):
+    layer = trained(name)
+    keywords = {"mask": torch.rand(2, 7) < 0.7} if masked else None
+    program = exported(layer, (torch.randn(2, 6, 7),), keywords)
+    assert "vqkernels" not in str(program.graph)
+    z = torch.randn(3, 6, 5)
+    z[0, 2, 1] = torch.nan
+    keywords = {"mask": torch.rand(3, 5) < 0.7} if masked else {}
+    got, expected = program.module()(z, **keywords), layer(z, **keywords)
+    assert got[1].equal(expected[1])
+    torch.testing.assert_close(got[0], expected[0], equal_nan=True)
+    torch.testing.assert_close(got[2], expected[2], equal_nan=True)
+
+
+def test_a_code_that_is_not_finite_is_never_chosen():
+    layer = trained("plain")
+    with torch.no_grad():
+        layer.codebook[3:9] = torch.inf
+    program = exported(layer, (torch.randn(2, 6, 7),))
+    z = torch.randn(4, 6, 9)
+    assert program.module()(z)[1].equal(layer(z)[1])
+
+
+def test_training_is_refused():
+    with pytest.raises(Exception, match="export the model in eval mode"):
+        torch.export.export(VectorQuantizer(6, 16), (torch.randn(4, 6),)).run_decompositions(decompositions())
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_onnx_runtime_gives_the_same(name):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer = trained(name)
+    program = torch.onnx.export(exported(layer, (torch.randn(2, 6, 7),)), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    z = torch.randn(3, 6, 5)
+    quantized, indices, loss = session.run(None, {session.get_inputs()[0].name: z.numpy()})
+    expected = layer(z)
+    assert torch.from_numpy(indices).equal(expected[1])
+    torch.testing.assert_close(torch.from_numpy(quantized), expected[0].detach())
+    torch.testing.assert_close(torch.tensor(loss), expected[2].detach())
