@@ -5,6 +5,7 @@ from .backends.registry import use_backend
 from .ops.kmeans import kmeans
 from .ops.nearest import nearest_code
 from .ops.quantize import VectorQuantizeFunction, vector_quantize
+from .ops.sample import sample_code
 from .ops.statistics import codebook_statistics
 from .version import __version__
 
@@ -16,6 +17,7 @@ __all__ = [
     "nearest_code",
     "nn",
     "reference",
+    "sample_code",
     "use_backend",
     "vector_quantize",
 ]

@@ -69,6 +69,15 @@ def nearest(z: Tensor, codebook: Tensor, *, mask: Tensor | None = None, metric: 
     return indices if mask is None else torch.where(mask, indices, -1)
 
 
+def code_probabilities(z: Tensor, codebook: Tensor, temperature: float, *, metric: str = "euclidean") -> Tensor:
+    """With which probability sampling draws each code: `(N, K)` float64, `softmax(-scores / temperature)`.
+
+    Q_tau of Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization". Codes with a NaN or an
+    infinity are never drawn.
+    """
+    return (-scores(z, codebook, metric) / temperature).softmax(1)
+
+
 def statistics(z: Tensor, indices: Tensor, codebook_size: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How many rows chose each code, `(K,)` int64, and their sums, `(K, D)` float64."""
     if z.dim() == 3:
@@ -90,8 +99,8 @@ def statistics(z: Tensor, indices: Tensor, codebook_size: int, *, mask: Tensor |
 def rotate(step: Tensor, z: Tensor, codes: Tensor) -> Tensor:
     """The linear map that takes each row z to its code e, applied to `step`; all `(..., D)`, computed in float64.
 
-    Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", section 4.2: with u = z/|z|,
-    q = e/|e| and w = (u + q)/|u + q|, the map is |e|/|z| (I - 2 w w^T + 2 q u^T), constant with respect to z. Where u
+    Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick": with u = z/|z|, q = e/|e| and
+    w = (u + q)/|u + q|, the map is |e|/|z| (I - 2 w w^T + 2 q u^T), constant with respect to z. Where u
     and q are opposite there is no such rotation, and w = 0 makes it the reflection that takes u to q. Where z or e is
     zero there is no direction: the map is the identity, which is the straight-through gradient.
     """

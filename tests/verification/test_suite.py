@@ -8,7 +8,7 @@ import torch
 
 from vqkernels.backends import gpu, verified
 from vqkernels.cli import verify as command
-from vqkernels.ops import nearest, quantize, statistics
+from vqkernels.ops import nearest, quantize, sample, statistics
 from vqkernels.verification.suite import CLAIMS, poisoned_memory, verify
 
 CPU = torch.device("cpu")
@@ -56,6 +56,10 @@ def next_code(results, z, codebook, indices, *arguments):
     return quantize.lookup.eager(z, codebook, (indices + 1).clamp_max(codebook.shape[-2] - 1), *arguments)
 
 
+def unshifted_rows(results, *arguments):
+    return sample.sample.eager(*arguments[:7], 0)
+
+
 def halved_gradient(results, *_):
     return [results[0], results[1] / 2]
 
@@ -66,6 +70,7 @@ def halved_gradient(results, *_):
         (nearest, "nearest", highest_tie, "index equals the contract's, common sizes"),
         (quantize, "quantize", unwritten_row, "looked-up values and losses"),
         (quantize, "lookup", next_code, "given indices give the bits of the search"),
+        (sample, "sample", unshifted_rows, "draws follow their scores and the noise"),
         (statistics, "statistics", lost_row, "counts exact, sums to rounding"),
         (quantize, "quantize_backward", halved_gradient, "gradients equal the reference's"),
         (quantize, "quantize_backward", unrotated, "rotated gradients equal the reference's"),

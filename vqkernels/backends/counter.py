@@ -16,6 +16,7 @@ def _signed(x: int) -> int:
 
 
 _STEP = _signed(0x9E3779B97F4A7C15)
+_LOW = (1 << 32) - 1
 _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
@@ -38,3 +39,24 @@ def row_keys(seed: Tensor, stream: int, rows: Tensor) -> Tensor:
 def uniform(keys: Tensor) -> Tensor:
     """The upper 53 bits of each key as a float64 in (0, 1)."""
     return (_shift(keys, 11).to(torch.float64) + 0.5) * 2.0**-53
+
+
+def code_bits(keys: Tensor, codes: Tensor) -> Tensor:
+    """32 random bits for each (row, code), as int64: `keys` and `codes` are int64 and broadcast together.
+
+    Two rounds of MurmurHash3's 32-bit finaliser (Appleby 2011), with half of the key added before each: for one key a
+    permutation, so different codes never draw equal bits.
+    """
+    bits = _mix_32((codes + keys) & _LOW)
+    return _mix_32((bits + _shift(keys, 32)) & _LOW)
+
+
+def _mix_32(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
+    return x ^ (x >> 16)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Independent standard Gumbel numbers in float64: -log(-log(1 - v)) for v = (bits + 1/2) 2^-32."""
+    return -(-torch.log1p((bits.to(torch.float64) + 0.5) * -(2.0**-32))).log()

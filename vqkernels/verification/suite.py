@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..backends import counter
 from ..ops.nearest import nearest_code
 from ..ops.quantize import quantize_with_statistics, vector_quantize
+from ..ops.sample import sample_code
 from ..ops.statistics import codebook_statistics
 from .adversaries import ADVERSARIES
 from .layouts import LAYOUTS, flat, flat_rows
@@ -194,6 +196,29 @@ def given_indices(place: Place) -> Iterator[Case]:
             yield f"{name}{', masked' * masked}", case
 
 
+def sampled_codes(place: Place) -> Iterator[Case]:
+    """Every draw has the largest score plus noise, to within the rounding of float32 scores."""
+    n, k, d = place.sizes[0]
+    for metric, temperature, name in itertools.product(METRICS, (0.5, 50.0), ("gaussian", "offset 1e4", "zero codes")):
+
+        def case(metric=metric, temperature=temperature, name=name) -> bool:
+            z, codebook = (x.to(place.device) for x in ADVERSARIES[name](n, k, d))
+            if metric != "euclidean" and name == "offset 1e4":
+                z, codebook = z - 1e4, codebook - 1e4  # a product of such rows has no digits left for the noise
+            seed = torch.tensor(7, device=place.device)
+            found = sample_code(
+                z, codebook, temperature=temperature, seed=seed, metric=metric, row_offset=3, backend=place.backend
+            )
+            score = -reference.scores(z, codebook, metric) / temperature
+            keys = counter.row_keys(seed, 0, torch.arange(len(z), device=place.device) + 3)
+            numbers = torch.arange(len(codebook), device=place.device)
+            total = score + counter.gumbel(counter.code_bits(keys[:, None], numbers))
+            behind = total.amax(1) - total.gather(1, found[:, None]).squeeze(1)
+            return bool((behind <= 1e-5 * (1 + score.amax(1).abs())).all())
+
+        yield f"{name}, {metric}, temperature {temperature}", case
+
+
 def repeated_bits(place: Place) -> Iterator[Case]:
     for name in ("gaussian", "clustered", "collapsed"):
 
@@ -283,6 +308,7 @@ CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
     ("quantize", "layouts and masks, masked rows unread", layouts_and_masks),
     ("quantize", "looked-up values and losses", values_and_loss),
     ("lookup", "given indices give the bits of the search", given_indices),
+    ("sample", "draws follow their scores and the noise", sampled_codes),
     ("statistics", "counts exact, sums to rounding", sums_and_counts),
     ("backward", "gradients equal the reference's", gradients),
     ("backward", "rotated gradients equal the reference's", rotated_gradients),

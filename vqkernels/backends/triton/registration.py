@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqkernels.backends import sampling
 from vqkernels.backends.layout import Layout, empty_rows, layout_of
 
 
@@ -123,6 +124,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "nearest": _nearest,
     "quantize": _quantize,
     "lookup": _lookup,
+    "sample": sampling.sample,  # no kernel yet: plain PyTorch serves the GPU
     "quantize_backward": _quantize_backward,
     "statistics": _statistics,
 }
