@@ -51,12 +51,14 @@ DRAWN = {
     "nn/vector_quantizer": {
         "nn/checks",
         "nn/codebook",
+        "nn/draws",
         "nn/heads",
         "nn/keep",
         "nn/lookup",
         "nn/masks",
         "nn/normalisation",
         "nn/projection",
+        "nn/synchronisation",
     },
 }
 FREE = {"models", "training", "cli"}  # floors whose files may import one another, without a cycle

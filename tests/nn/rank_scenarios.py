@@ -60,6 +60,17 @@ def layer(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     return quantizer.state_dict()
 
 
+def compiled(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """The collectives stand in the graph."""
+    quantizer = build("initialised")
+    whole = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    for step in range(STEPS):
+        z, mask = batch(step)
+        # Equal shares: a graph is compiled for a size, and ranks may compile at their own pace.
+        whole(z.chunk(world)[rank], mask=mask.chunk(world)[rank])
+    return quantizer.state_dict()
+
+
 def manual(rank: int, world: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(11)
     quantizer = VectorQuantizer(DIM, CODES, ema_decay=0.8, ema_update="manual")
@@ -121,6 +132,7 @@ EMA = dict(init="kmeans", ema_decay=0.8, revive="rows", revive_threshold=0.4)
 GRADIENT = dict(init="kmeans", revive="rows", revive_threshold=0.4)
 SCENARIOS = {
     **{name: partial(layer, name) for name in LAYERS},
+    "compiled": compiled,
     "manual": manual,
     "manual revived": manual_revived,
     "DDP, EMA": partial(train, nn.parallel.DistributedDataParallel, EMA),

@@ -74,6 +74,7 @@ CONFIGURATIONS = {
     "EMA, revived": dict(ema_decay=0.9, revive="rows"),
     "manual, revived": dict(ema_decay=0.9, ema_update="manual", revive="rows"),
     "initialised": dict(init="kmeans", ema_decay=0.9, revive="rows"),
+    "sampled": dict(temperature=1.0, ema_decay=0.9),
     "initialised, by gradient": dict(init="kmeans"),
     "cosine heads": dict(
         init="kmeans", ema_decay=0.9, revive="rows", metric="cosine", heads=2, separate_codebooks=True

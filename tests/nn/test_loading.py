@@ -17,6 +17,7 @@ KEYS = {
         dict(codebook_dim=3),
         {"codebook", "counts", "project_in.weight", "project_in.bias", "project_out.weight", "project_out.bias"},
     ),
+    "sampled": (dict(temperature=1.0), {"codebook", "counts", "sample_steps"}),
     "initialised": (dict(init="kmeans"), {"codebook", "counts", "initialised"}),
     "heads": (dict(heads=2, separate_codebooks=True), {"codebook", "counts"}),
 }

@@ -25,8 +25,9 @@ class TrainedCodebook(nn.Module):
     """A codebook with its statistics; `VectorQuantizer` is the layer around it and documents the arguments.
 
     State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
-    `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts`;
-    with these or sampling `ema_steps ()` int64, the steps so far; with EMA `ema_sums` float32 like the codebook; with
+    `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts` and
+    `ema_steps ()` int64, the updates so far; with EMA `ema_sums` float32 like the codebook; with a temperature
+    `sample_steps ()` int64, the training forwards so far; with
     init="kmeans" `initialised ()` bool.
     With ema_update="manual" the statistics since the last update are buffers that no checkpoint holds.
     """
@@ -36,6 +37,7 @@ class TrainedCodebook(nn.Module):
     ema_counts: Tensor
     ema_sums: Tensor
     ema_steps: Tensor
+    sample_steps: Tensor
     initialised: Tensor
     pending_counts: Tensor
     pending_sums: Tensor
@@ -58,7 +60,7 @@ class TrainedCodebook(nn.Module):
         super().__init__()
         self.ema_decay, self.init, self.revive, self.revive_threshold = ema_decay, init, revive, revive_threshold
         self.seed = seed
-        self._manual, self._cosine, self._sampled = manual, cosine, sampled
+        self._manual, self._cosine = manual, cosine
         self._initialised = init == "uniform"  # on the host: nobody waits for the device to know
         self._tracks_usage = ema_decay is not None or revive != "off"
         codebook = torch.empty(shape, dtype=torch.float32)
@@ -69,10 +71,11 @@ class TrainedCodebook(nn.Module):
         self.register_buffer("counts", torch.zeros(shape[:-1], dtype=torch.int64))
         if self._tracks_usage:
             self.register_buffer("ema_counts", torch.zeros(shape[:-1]))
-        if self._tracks_usage or sampled:
             self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
         if ema_decay is not None:
             self.register_buffer("ema_sums", torch.zeros(shape))
+        if sampled:
+            self.register_buffer("sample_steps", torch.zeros((), dtype=torch.int64))
         if init == "kmeans":
             self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         if manual:
@@ -117,8 +120,6 @@ class TrainedCodebook(nn.Module):
         counts = result.counts.view(self.counts.shape)
         if not self._tracks_usage:
             self.counts.copy_(counts)
-            if self._sampled:
-                self.ema_steps.add_(1)
             return
         totals = [counts] if self.ema_decay is None else [counts, result.sums.view(self.codebook.shape)]
         slots = candidate_count(self.codebook.shape[-2])

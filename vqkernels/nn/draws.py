@@ -30,6 +30,12 @@ def hashed(seed: int, step: Tensor, count: int, stream: int) -> Tensor:
     return _mix((slots + key) & _MASK)
 
 
+def step_key(seed: int, step: Tensor) -> Tensor:
+    """A seed of one step, 0-d int64: `step` (0-d int64) counts up from a place that `seed` chooses."""
+    start = (seed * 0x9E3779B97F4A7C15) % (1 << 64)
+    return step + (start - (1 << 64) if start >= 1 << 63 else start)
+
+
 def draw_positions(
     seed: int, step: Tensor, total: Tensor, count: int, ascending: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..backends import registry
 from ..ops.checks import GRADIENTS, METRICS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
+from ..ops.sample import sample_code
 from .checks import (
     check_channels,
     check_decay,
@@ -16,12 +17,14 @@ from .checks import (
     check_size,
 )
 from .codebook import TrainedCodebook
+from .draws import step_key
 from .heads import Heads, Rows
 from .keep import keep
 from .lookup import check_indices, look_up
 from .masks import row_mask, zero_masked
 from .normalisation import unit
 from .projection import project
+from .synchronisation import rank
 
 
 class VectorQuantizer(TrainedCodebook):
@@ -43,6 +46,8 @@ class VectorQuantizer(TrainedCodebook):
             one in float32, and search, result and losses are those of the scaled vectors.
         gradient: "straight_through" (the paper) or "rotation" (Fifty et al. 2024): how the gradient of `quantized`
             reaches z, as in `vqkernels.vector_quantize`.
+        temperature: None takes the nearest code; a positive number draws codes in training as `vqkernels.sample_code`
+            does, the nearest still in eval mode and with freeze.
         init: "uniform" starts the codes in [-1/K, 1/K]; "kmeans" computes them from the first training batch (see
             `vqkernels.nn.initialisation`).
         revive: "off", or "rows": a code that is hardly used becomes a row of the batch (see `vqkernels.nn.revival`).
@@ -54,7 +59,8 @@ class VectorQuantizer(TrainedCodebook):
     State: see `vqkernels.nn.codebook.TrainedCodebook`, and `project_in`, `project_out` where there are projections.
     Floating buffers are never narrower than float32, whatever the module is cast to. With a process group (asked for in
     every forward) the statistics of all ranks are summed, so every rank must call the layer equally often; a rank
-    without rows calls it with an empty z.
+    without rows calls it with an empty z. FSDP2 drops what a forward writes into a Parameter: with it, init="kmeans" and
+    revive="rows" need ema_decay.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class VectorQuantizer(TrainedCodebook):
         ema_update: str = "forward",
         metric: str = "euclidean",
         gradient: str = "straight_through",
+        temperature: float | None = None,
         init: str = "uniform",
         revive: str = "off",
         revive_threshold: float = 0.1,
@@ -88,6 +95,7 @@ class VectorQuantizer(TrainedCodebook):
         check_decay("ema_decay", ema_decay)
         check_number("beta", beta, 0)
         check_positive("revive_threshold", revive_threshold, below=1)
+        check_positive("temperature", temperature, none=True)
         check_flag("separate_codebooks", separate_codebooks)
         check_int("channel_dim", channel_dim)
         check_int("seed", seed)
@@ -110,11 +118,11 @@ class VectorQuantizer(TrainedCodebook):
             revive=revive,
             revive_threshold=revive_threshold,
             seed=seed,
-            sampled=False,
+            sampled=temperature is not None,
         )
         self.dim, self.codebook_size, self.codebook_dim, self.heads = dim, codebook_size, codebook_dim, heads
         self.separate_codebooks, self.beta, self.ema_update, self.metric = separate, beta, ema_update, metric
-        self.gradient = gradient
+        self.gradient, self.temperature = gradient, temperature
         self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
         projects = heads * codebook_dim != dim
         self.project_in = nn.Linear(dim, heads * codebook_dim) if projects else None
@@ -161,16 +169,19 @@ class VectorQuantizer(TrainedCodebook):
         overwrites = learns and self._tracks_usage and self.ema_update == "forward" and torch.is_grad_enabled()
         codebook = self.codebook.detach() if freeze else self.codebook
         codebook = keep(codebook) if overwrites else codebook
+        codes = unit(codebook) if self.metric == "cosine" else codebook
+        metric = "dot" if self.metric == "cosine" else self.metric
         result = quantize_with_statistics(
             rows.values,
-            unit(codebook) if self.metric == "cosine" else codebook,
+            codes,
             mask=rows.mask,
-            metric="dot" if self.metric == "cosine" else self.metric,
+            metric=metric,
             gradient=self.gradient,
             precision=self.precision,
             channel_dim=rows.channel_dim,
             backend=self.backend,
             statistics=counts,
+            indices=self._sampled(rows, codes, metric) if counts and self.temperature is not None else None,
         )
         if learns:
             self.learn(result, rows)
@@ -189,6 +200,23 @@ class VectorQuantizer(TrainedCodebook):
             z = zero_masked(z, mask, heads.channel_dim)
         rows = heads.split(project(self.project_in, z, heads.channel_dim), mask)
         return rows._replace(values=unit(rows.values, rows.channel_dim)) if self.metric == "cosine" else rows
+
+    def _sampled(self, rows: Rows, codes: Tensor, metric: str) -> Tensor:
+        """Codes drawn for the rows; other draws in every step and on every rank."""
+        assert self.temperature is not None
+        indices = sample_code(
+            rows.values,
+            codes,
+            temperature=self.temperature,
+            seed=step_key(self.seed, self.sample_steps),
+            mask=rows.mask,
+            metric=metric,
+            channel_dim=rows.channel_dim,
+            row_offset=rank() << 40,
+            backend=self.backend,
+        )
+        self.sample_steps.add_(1)
+        return indices
 
     def _restore(self, quantized: Tensor, z: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
         """Quantized rows -> z's shape and dtype."""
@@ -232,6 +260,7 @@ _DEFAULTS = {
     "ema_update": "forward",
     "metric": "euclidean",
     "gradient": "straight_through",
+    "temperature": None,
     "init": "uniform",
     "revive": "off",
     "channel_dim": -1,
