@@ -67,7 +67,14 @@ def test_the_nearest_code_in_eval_and_when_frozen(backend):
 @pytest.mark.parametrize("heads", [(1, False), (2, False), (2, True)])
 def test_masks_heads_and_projections(heads, backend):
     layer = VectorQuantizer(
-        6, 16, temperature=1.0, heads=heads[0], separate_codebooks=heads[1], codebook_dim=4, channel_dim=1, backend=backend
+        6,
+        16,
+        temperature=1.0,
+        heads=heads[0],
+        separate_codebooks=heads[1],
+        codebook_dim=4,
+        channel_dim=1,
+        backend=backend,
     )
     mask = torch.rand(2, 9) < 0.5
     z = torch.where(mask.unsqueeze(1), torch.randn(2, 6, 9), torch.nan).requires_grad_()

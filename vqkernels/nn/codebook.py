@@ -25,10 +25,9 @@ class TrainedCodebook(nn.Module):
     """A codebook with its statistics; `VectorQuantizer` is the layer around it and documents the arguments.
 
     State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
-    `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts` and
-    `ema_steps ()` int64, the updates so far; with EMA `ema_sums` float32 like the codebook; with a temperature
-    `sample_steps ()` int64, the training forwards so far; with
-    init="kmeans" `initialised ()` bool.
+    `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts`
+    and `ema_steps ()` int64, the updates so far; with EMA `ema_sums` float32 like the codebook; with a temperature
+    `sample_steps ()` int64, the training forwards so far; with init="kmeans" `initialised ()` bool.
     With ema_update="manual" the statistics since the last update are buffers that no checkpoint holds.
     """
 

@@ -59,8 +59,8 @@ class VectorQuantizer(TrainedCodebook):
     State: see `vqkernels.nn.codebook.TrainedCodebook`, and `project_in`, `project_out` where there are projections.
     Floating buffers are never narrower than float32, whatever the module is cast to. With a process group (asked for in
     every forward) the statistics of all ranks are summed, so every rank must call the layer equally often; a rank
-    without rows calls it with an empty z. FSDP2 drops what a forward writes into a Parameter: with it, init="kmeans" and
-    revive="rows" need ema_decay.
+    without rows calls it with an empty z. FSDP2 drops what a forward writes into a Parameter: with it, init="kmeans"
+    and revive="rows" need ema_decay.
     """
 
     def __init__(
