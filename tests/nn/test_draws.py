@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqkernels.nn.draws import count_rows, draw_positions, hashed, take_rows
+from vqkernels.nn.draws import count_rows, draw_positions, hashed, step_key, take_rows
 from vqkernels.nn.heads import Heads, Rows
 
 
@@ -14,8 +14,9 @@ def step(number):
 @pytest.mark.parametrize("total", [0, 1, 5, 16, 17, 1000, 2**40])
 def test_positions_are_distinct_in_range_and_as_many_as_there_can_be(total):
     for number in range(20):
-        for ascending in (False, True):
-            positions, real = draw_positions(7, step(number), torch.tensor(total), 16, ascending)
+        draws = hashed(7, step(number), 17)
+        for turn in (draws[16], None):
+            positions, real = draw_positions(draws[:16], torch.tensor(total), turn)
             drawn = positions[real]
             assert len(drawn) == len(drawn.unique()) == min(total, 16)
             assert ((drawn >= 0) & (drawn < total)).all()
@@ -25,21 +26,27 @@ def test_positions_are_distinct_in_range_and_as_many_as_there_can_be(total):
 def test_every_row_is_drawn_equally_often():
     times = torch.zeros(37)
     for number in range(4000):
-        positions, real = draw_positions(0, step(number), torch.tensor(37), 8)
+        draws = hashed(0, step(number), 9)
+        positions, real = draw_positions(draws[:8], torch.tensor(37), draws[8])
         times[positions[real]] += 1
     expected = 4000 * 8 / 37
     assert ((times - expected).abs() < 5 * expected**0.5).all()
 
 
 def test_the_hash_looks_uniform_and_depends_on_all_its_keys():
-    first = hashed(0, step(0), 4096, 0)
+    first = hashed(0, step(0), 4096)
     assert first.min() >= 0 and first.max() < 2**32 and len(first.unique()) == 4096
     frequency = torch.bincount(first >> 28, minlength=16)
     assert ((frequency - 256).abs() < 5 * 16).all()
-    for other in (hashed(1, step(0), 4096, 0), hashed(0, step(1), 4096, 0), hashed(0, step(0), 4096, 1)):
-        assert (first == other).float().mean() < 0.01
-    assert hashed(0, step(0), 4096, 0).equal(first) and hashed(2**63 - 1, step(2**62), 4, 0).max() < 2**32
-    assert not hashed(2**32, step(0), 8, 0).equal(hashed(0, step(0), 8, 0))
+    for other in (hashed(1, step(0), 4096), hashed(0, step(1), 4096), hashed(-1, step(0), 4096)):
+        assert (first == other).float().mean() < 0.01 and (first[1:] == other[:-1]).float().mean() < 0.01
+    assert hashed(0, step(0), 4096).equal(first) and hashed(2**63 - 1, step(2**62), 4).max() < 2**32
+    assert not hashed(2**32, step(0), 8).equal(hashed(0, step(0), 8))
+
+
+def test_step_keys_of_different_seeds_and_steps_differ():
+    keys = {int(step_key(seed, step(number))) for seed in (0, 1, -1, 2**40) for number in range(100)}
+    assert len(keys) == 400 and all(-(2**63) <= key < 2**63 for key in keys)
 
 
 @pytest.mark.parametrize("shape,channel_dim", [((4, 5, 6), 2), ((4, 6, 5), 1), ((2, 6, 2, 5), 1), ((20, 6), 1)])

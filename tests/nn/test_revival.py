@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vqkernels.nn import VectorQuantizer
+from vqkernels.nn.draws import hashed
 from vqkernels.nn.revival import Candidates, revive_
 
 
@@ -12,12 +13,16 @@ def candidates(rows, usable=None):
     return Candidates(rows, usable)
 
 
+def draws(count, step=3):
+    return hashed(0, torch.tensor(step), 2 * count + 1)
+
+
 def test_vectors_and_statistics_are_replaced_relative_to_uniform_usage():
     codebook, counts = torch.zeros(4, 2), torch.tensor([10.0, 0.9, 5.1, 0.0])
     sums = torch.ones(4, 2)
     rows = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]])
     mean = counts.mean()  # 4.0: below 0.25 * 4 lies 0.9 and 0, not 5.1
-    revive_(codebook, counts, sums, candidates(rows), 0.25, 0, torch.tensor(3))
+    revive_(codebook, counts, sums, candidates(rows), 0.25, draws(4))
     assert counts[0] == 10 and counts[2] == torch.tensor(5.1)
     assert codebook[[0, 2]].eq(0).all() and sums[[0, 2]].eq(1).all()
     for k in (1, 3):
@@ -28,9 +33,8 @@ def test_vectors_and_statistics_are_replaced_relative_to_uniform_usage():
 def test_no_more_codes_than_usable_candidates_and_the_lowest_first():
     codebook, counts = torch.zeros(6, 1), torch.tensor([0.0, 9.0, 0.0, 0.0, 0.0, 9.0])
     rows = torch.arange(1.0, 5.0).view(1, 4, 1)
-    revive_(
-        codebook, counts, None, candidates(rows, torch.tensor([[False, True, False, True]])), 0.5, 0, torch.tensor(0)
-    )
+    usable = torch.tensor([[False, True, False, True]])
+    revive_(codebook, counts, None, candidates(rows, usable), 0.5, draws(4))
     assert codebook[[0, 2]].flatten().sort().values.tolist() == [2.0, 4.0]
     assert codebook[[1, 3, 4, 5]].eq(0).all() and counts[[3, 4]].eq(0).all()
 
@@ -38,17 +42,27 @@ def test_no_more_codes_than_usable_candidates_and_the_lowest_first():
 def test_heads_are_judged_apart():
     codebook, counts = torch.zeros(2, 3, 1), torch.tensor([[8.0, 0.0, 8.0], [5.0, 5.0, 5.0]])
     rows = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
-    revive_(codebook, counts, torch.zeros(2, 3, 1), candidates(rows), 0.5, 0, torch.tensor(0))
+    revive_(codebook, counts, torch.zeros(2, 3, 1), candidates(rows), 0.5, draws(2))
     assert codebook[0, 1] in (1.0, 2.0) and codebook[1].eq(0).all() and codebook[0, [0, 2]].eq(0).all()
 
 
 def test_nothing_is_revived_without_statistics_or_candidates():
     codebook, rows = torch.randn(4, 2), torch.randn(1, 4, 2)
     before = codebook.clone()
-    revive_(codebook, torch.zeros(4), None, candidates(rows), 0.5, 0, torch.tensor(0))
+    revive_(codebook, torch.zeros(4), None, candidates(rows), 0.5, draws(4))
     nobody = torch.zeros(1, 4, dtype=torch.bool)
-    revive_(codebook, torch.tensor([9.0, 0, 0, 0]), None, candidates(rows, nobody), 0.5, 0, torch.tensor(0))
+    revive_(codebook, torch.tensor([9.0, 0, 0, 0]), None, candidates(rows, nobody), 0.5, draws(4))
     assert codebook.equal(before)
+
+
+def test_at_most_1024_codes_a_step_and_all_of_them_soon():
+    layer = VectorQuantizer(2, 3000, ema_decay=0.99, revive="rows")
+    layer.codebook.fill_(1e3)
+    for left in (1976, 952, 0):
+        layer(torch.randn(4000, 2))
+        assert (layer.codebook == 1e3).all(1).sum() in (left, left - 1)  # one may have taken rows itself
+    rows = layer.codebook[(layer.codebook != 1e3).all(1)]
+    assert len(rows.unique(dim=0)) == len(rows)
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])

@@ -15,7 +15,15 @@ from .heads import Rows
 from .initialisation import initial_codes
 from .loading import explain_keys, explain_sizes
 from .normalisation import unit
-from .revival import Candidates, candidate_count, draw_candidates, draw_candidates_over_ranks, revive_, share_candidates
+from .revival import (
+    Candidates,
+    candidate_count,
+    draw_candidates,
+    draw_candidates_over_ranks,
+    revival_draws,
+    revive_,
+    share_candidates,
+)
 from .synchronisation import one_hot_rank, sum_over_ranks, world_size
 
 USAGE_DECAY = 0.99  # of the moving counts that revival looks at where the codebook is trained by gradient
@@ -121,12 +129,11 @@ class TrainedCodebook(nn.Module):
             self.counts.copy_(counts)
             return
         totals = [counts] if self.ema_decay is None else [counts, result.sums.view(self.codebook.shape)]
-        slots = candidate_count(self.codebook.shape[-2])
         if self._manual:
             self.pending_counts.add_(totals[0])
             self.pending_sums.add_(totals[1])
             if self.revive != "off":
-                candidates = draw_candidates(rows, self.seed, self.ema_steps, slots)
+                candidates = draw_candidates(rows, self._draws())
                 self.pending_rows.copy_(candidates.rows)
                 self.pending_usable.copy_(candidates.usable)
         elif self.revive == "off":
@@ -134,7 +141,8 @@ class TrainedCodebook(nn.Module):
         else:
             # The number of rows of each rank rides along, so that all ranks draw from the joined batch.
             *totals, numbers = sum_over_ranks(*totals, one_hot_rank(count_rows(rows)))
-            self._update(totals, draw_candidates_over_ranks(rows, self.seed, self.ema_steps, slots, numbers))
+            draws = self._draws()
+            self._update(totals, draw_candidates_over_ranks(rows, draws, numbers), draws)
 
     @torch.no_grad()
     def update_codebook(self) -> None:
@@ -146,27 +154,31 @@ class TrainedCodebook(nn.Module):
         if not self._manual:
             raise RuntimeError('update_codebook() is for ema_update="manual"; this layer updates itself in forward')
         totals = sum_over_ranks(self.pending_counts, self.pending_sums)
-        candidates = None
-        if self.revive != "off":
+        if self.revive == "off":
+            self._update(totals)
+        else:
+            draws = self._draws()
             mine = Candidates(self.pending_rows, self.pending_usable)
-            candidates = share_candidates(mine, self.seed, self.ema_steps)
+            self._update(totals, share_candidates(mine, draws), draws)
             self.pending_usable.zero_()
-        self._update(totals, candidates)
         self.pending_counts.zero_()
         self.pending_sums.zero_()
 
-    def _update(self, totals: list[Tensor], candidates: Candidates | None = None) -> None:
-        """One step from the counts, and with EMA the sums, of all ranks."""
+    def _draws(self) -> Tensor:
+        """The random integers of this step's revival."""
+        return revival_draws(self.seed, self.ema_steps, self.codebook.shape[-2])
+
+    def _update(self, totals: list[Tensor], candidates: Candidates | None = None, draws: Tensor | None = None) -> None:
+        """One step from the counts, and with EMA the sums, of all ranks; candidates and draws where codes revive."""
         counts = totals[0]
         self.counts.copy_(counts)
         if self.ema_decay is None:
             self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - USAGE_DECAY)
         else:
             ema_update_(self.codebook, self.ema_counts, self.ema_sums, counts, totals[1], self.ema_decay)
-        if candidates is not None:
-            sums_ = None if self.ema_decay is None else self.ema_sums
-            threshold = self.revive_threshold
-            revive_(self.codebook, self.ema_counts, sums_, candidates, threshold, self.seed, self.ema_steps)
+        if candidates is not None and draws is not None:
+            sums = None if self.ema_decay is None else self.ema_sums
+            revive_(self.codebook, self.ema_counts, sums, candidates, self.revive_threshold, draws)
         self.ema_steps.add_(1)
 
     @property

@@ -1,8 +1,9 @@
 """Draws of rows: on the device, without a synchronisation, and the same on every rank.
 
 A draw is a function of (seed, step, slot) and of how many rows there are, nothing else: no generator state, so ranks
-that agree on these agree on the rows. Positions are drawn by strata: slot j of C takes a row of
-[j n / C, (j + 1) n / C), so no row is drawn twice, and with n <= C every row is drawn exactly once.
+that agree on these agree on the rows. The hash stays below 2^63: no compiler meets a signed overflow. Positions are
+drawn by strata: slot j of C takes a row of [j n / C, (j + 1) n / C), so no row is drawn twice, and with n <= C every row
+is drawn exactly once.
 """
 
 import torch
@@ -22,40 +23,41 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def hashed(seed: int, step: Tensor, count: int, stream: int) -> Tensor:
-    """`count` integers in [0, 2^32), int64, for a step (0-d int64) and a stream: one stream per purpose."""
-    slots = torch.arange(count, device=step.device)
-    key = _mix((step + ((seed ^ (seed >> 32)) & _MASK)) & _MASK)
-    key = _mix((key + 0x3C6EF372 * (stream + 1)) & _MASK)
-    return _mix((slots + key) & _MASK)
+def hashed(seed: int, step: Tensor, count: int) -> Tensor:
+    """`count` integers in [0, 2^32), int64, that depend on seed, step (0-d int64) and their place alone."""
+    key = _mix((step + _mix_host(seed)) & _MASK)
+    return _mix((torch.arange(count, device=step.device) + key) & _MASK)
+
+
+def _mix_host(seed: int) -> int:
+    """Any int in 32 bits."""
+    return (seed * 0x9E3779B97F4A7C15 >> 16) & _MASK
 
 
 def step_key(seed: int, step: Tensor) -> Tensor:
     """A seed of one step, 0-d int64: `step` (0-d int64) counts up from a place that `seed` chooses."""
-    start = (seed * 0x9E3779B97F4A7C15) % (1 << 64)
-    return step + (start - (1 << 64) if start >= 1 << 63 else start)
+    return step + (_mix_host(seed) << 24)
 
 
-def draw_positions(
-    seed: int, step: Tensor, total: Tensor, count: int, ascending: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`count` distinct positions in [0, total), all equally likely, and which of them are real.
+def draw_positions(draws: Tensor, total: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As many distinct positions in [0, total) as there are draws, and which of them are real.
 
     Args:
+        draws: (C,) from `hashed`.
         total: 0-d int64, on the device.
-        ascending: in order, at the price that strata of unequal size make some positions a little likelier.
+        turn: 0-d from `hashed`, by which all positions are turned round, so that every one is equally likely although
+            strata differ by one in size. Without it positions ascend.
 
     Returns:
-        positions (count,) int64 and real (count,) bool; `min(total, count)` of them are real.
+        positions (C,) int64 and real (C,) bool; `min(total, C)` of them are real.
     """
-    slots = torch.arange(count, device=step.device)
-    low, high = slots * total // count, (slots + 1) * total // count
-    offset = hashed(seed, step, count, stream=0) % (high - low).clamp_min(1)
-    positions = low + offset
-    if not ascending:
-        turn = hashed(seed, step, 1, stream=3)
+    count = len(draws)
+    edges = torch.arange(count + 1, device=draws.device) * total // count
+    low, size = edges[:-1], edges.diff()
+    positions = low + draws % size.clamp_min(1)
+    if turn is not None:
         positions = (positions + turn) % total.clamp_min(1)
-    return positions, high > low
+    return positions, size > 0
 
 
 def count_rows(rows: Rows) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans
-from .draws import count_rows, draw_positions, take_rows
+from .draws import count_rows, draw_positions, hashed, take_rows
 from .heads import Rows
 from .synchronisation import gather_over_ranks, world_size
 
@@ -31,7 +31,7 @@ def sample_rows(rows: Rows, codebook_size: int, seed: int) -> Rows:
         return rows
     count = -(-bound // ranks)
     step = torch.zeros((), dtype=torch.int64, device=rows.values.device)
-    sample, usable = take_rows(rows, *draw_positions(seed, step, count_rows(rows), count, ascending=True))
+    sample, usable = take_rows(rows, *draw_positions(hashed(seed, step, count), count_rows(rows)))
     packed = gather_over_ranks(torch.cat([sample, usable.unsqueeze(-1).to(sample.dtype)], -1), 1)
     return Rows(packed[..., :-1], packed[..., -1] > 0, 2, True)
 

@@ -36,28 +36,32 @@ def candidate_count(codebook_size: int) -> int:
     return min(codebook_size, MOST_PER_STEP)
 
 
+def revival_draws(seed: int, step: Tensor, codebook_size: int) -> Tensor:
+    """The random integers of one step's revival, `(2 C + 1,)`: C for positions, C for the order, one for the turn."""
+    return hashed(seed, step, 2 * candidate_count(codebook_size) + 1)
+
+
 @torch.no_grad()
-def draw_candidates(rows: Rows, seed: int, step: Tensor, count: int) -> Candidates:
+def draw_candidates(rows: Rows, draws: Tensor) -> Candidates:
     """Candidates from this rank's rows alone."""
-    return Candidates(*take_rows(rows, *draw_positions(seed, step, count_rows(rows), count)))
+    return Candidates(*take_rows(rows, *draw_positions(draws[: len(draws) // 2], count_rows(rows), draws[-1])))
 
 
 @torch.no_grad()
-def draw_candidates_over_ranks(rows: Rows, seed: int, step: Tensor, count: int, rows_of_ranks: Tensor) -> Candidates:
+def draw_candidates_over_ranks(rows: Rows, draws: Tensor, rows_of_ranks: Tensor) -> Candidates:
     """Candidates from the joined rows of all ranks, the same on each of them.
 
     Args:
         rows_of_ranks: (world size,) int64, how many rows count on each rank.
     """
-    positions, real = draw_positions(seed, step, rows_of_ranks.sum(), count)
+    positions, real = draw_positions(draws[: len(draws) // 2], rows_of_ranks.sum(), draws[-1])
     return _joined(*take_rows(rows, positions - rows_of_ranks[: rank()].sum(), real))
 
 
 @torch.no_grad()
-def share_candidates(mine: Candidates, seed: int, step: Tensor) -> Candidates:
+def share_candidates(mine: Candidates, draws: Tensor) -> Candidates:
     """Every slot from one of the ranks, the same on all of them; for candidates drawn before the ranks could meet."""
-    owner = hashed(seed, step, mine.usable.shape[1], stream=1) % world_size() == rank()
-    usable = mine.usable & owner
+    usable = mine.usable & (draws[: len(draws) // 2] % world_size() == rank())
     return _joined(torch.where(usable.unsqueeze(-1), mine.rows, 0.0), usable)
 
 
@@ -73,8 +77,7 @@ def revive_(
     sums: Tensor | None,
     candidates: Candidates,
     threshold: float,
-    seed: int,
-    step: Tensor,
+    draws: Tensor,
 ) -> None:
     """Replaces dead codes in place, as many as there are usable candidates, the lowest index first.
 
@@ -86,7 +89,7 @@ def revive_(
     mean = counts.mean(-1, keepdim=True)
     dead = counts < threshold * mean
     # Usable candidates first and shuffled, so that even few dead codes take rows from all over the batch.
-    shuffled = hashed(seed, step, candidates.usable.shape[1], stream=2).argsort(dim=-1, stable=True)
+    shuffled = draws[len(draws) // 2 : -1].argsort(dim=-1, stable=True)
     unusable = candidates.usable[:, shuffled].logical_not()
     order = shuffled[unusable.to(torch.uint8).argsort(dim=-1, stable=True)]
     # The i-th dead code of a codebook takes its i-th candidate.
