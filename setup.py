@@ -27,7 +27,7 @@ LEVEL_FLAGS = (
     else {}
 )
 # gcc 12's own AVX-512 headers warn about registers that are undefined on purpose.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-uninitialized",
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-uninitialized",
          "-Wno-maybe-uninitialized", "-Wno-attributes"]  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 // vqkernels::nearest on the CPU: one packed codebook per head, rows shared out over threads.
+#include "../cpu/codebook_cache.h"
 #include "../cpu/nearest.h"
 
 #include <atomic>
@@ -24,13 +25,14 @@ std::tuple<Tensor, Tensor> nearest_cpu(const Tensor& z_in, const Tensor& codeboo
   for (int64_t head = 0; head < (rows > 0 ? layout.heads : 0); ++head) {
     const DefaultArithmetic arithmetic;
     const Rows view = rows_of(z, layout, head);
-    const PackedCodebook packed(codes_of(codebook, head), view.dtype, metric_of(metric), certified, sweep);
+    const auto searched = search_codebook(codes_of(codebook, head), view.dtype, metric_of(metric), certified, sweep);
+    const PackedCodebook& packed = searched->packed();
     const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) + head * rows : nullptr;
-    const IntegerCodebook integers = integer_codebook(view, packed, kept, certified);
+    const auto integers = searched->integers(integer_row_norm(view, packed, kept, certified), in_parallel);
     int64_t* index = static_cast<int64_t*>(indices.mutable_data_ptr()) + head * rows;
     const int64_t step = task_rows(rows, kChunk), tasks = (rows + step - 1) / step;
     parallel_for(tasks, 1, [&](int64_t first, int64_t last) {
-      NearestSearch search(view, packed, integers, certified);
+      NearestSearch search(view, packed, *integers, certified);
       bool finite[kChunk];
       for (int64_t begin = first * step; begin < std::min(last * step, rows); begin += step)
         total += search(begin, std::min(begin + step, rows), kept ? kept + begin : nullptr, index + begin, finite);

@@ -62,52 +62,85 @@ py::dict filter(const FloatArray& rows, const FloatArray& codebook) {
   return out;
 }
 
-// Integer scores F (rows, distinct codes), thresholds T, whether each row fits, and the whole scale S of the int16 filter.
+// Scores F (rows, codes) and limits floor(T) of one integer filter, one code at a time: a tile whose others are padding.
+py::dict integer_scores(const Sweep& sweep, const IntegerTiles& tiles, const Certificate& certificate, bool coarse,
+                        int64_t size, const std::vector<std::vector<int32_t>>& rows, const std::vector<float>& norms,
+                        const std::vector<float>& residuals) {
+  const int64_t n = int64_t(rows.size()), per_tile = sweep.codes_per_tile;
+  const auto kernel = coarse ? sweep.integers->sweep_coarse : sweep.integers->sweep_fine;
+  py::array_t<int64_t> scores({n, size}), limits(n);
+  std::vector<int32_t> panel(tiles.words * sweep.rows), one((tiles.words + 1) * per_tile), lowest(sweep.rows),
+      best(sweep.rows), limit(sweep.rows);
+  for (int64_t i = 0; i < n; ++i) {
+    const std::vector<const int32_t*> at(sweep.rows, rows[i].data());
+    sweep.transpose(at.data(), sweep.rows, tiles.words, panel.data(), sweep.rows);
+    int32_t winner = INT32_MAX;
+    for (int64_t k = 0; k < size; ++k) {
+      const int32_t* tile = tiles.codes + (k / per_tile) * (tiles.words + 1) * per_tile;
+      std::fill(one.begin(), one.end(), 0);
+      std::fill_n(one.begin(), per_tile, INT32_MAX);
+      for (int64_t line = 0; line <= tiles.words; ++line) one[line * per_tile] = tile[line * per_tile + k % per_tile];
+      std::fill(best.begin(), best.end(), INT32_MAX);
+      kernel(panel.data(), {one.data(), tiles.words}, 0, 1, lowest.data(), best.data());
+      scores.mutable_at(i, k) = best[0];
+      winner = std::min(winner, best[0]);
+    }
+    const std::vector<int32_t> bests(sweep.rows, winner);
+    const std::vector<float> norm(sweep.rows, norms[i]), residual(sweep.rows, residuals[i]);
+    sweep.integers->limits(certificate, bests.data(), norm.data(), residual.data(), limit.data());
+    limits.mutable_at(i) = limit[0];
+  }
+  py::dict out;
+  out["scores"] = scores;
+  out["limits"] = limits;
+  return out;
+}
+
+// What the integer filters compute, see codebook16.h: scores and limits of each, which rows fit, and the codes in use.
 py::dict integer_filter(const FloatArray& rows, const FloatArray& codebook) {
   const Sweep& sweep = active_sweep();
   const int64_t n = rows.shape(0), channels = rows.shape(1);
   const Rows view{rows.data(), DType::f32, 1, n, channels, 0, channels, 1};
   const PackedCodebook packed({codebook.data(), DType::f32, codebook.shape(0), channels}, DType::f32, Metric::euclidean,
                               true, sweep);
+  const IntegerCodebook integers(packed, integer_row_norm(view, packed, nullptr, true),
+                                 [](int64_t count, const std::function<void(int64_t, int64_t)>& f) { f(0, count); });
   py::dict out;
-  const IntegerCodebook integers = integer_codebook(view, packed, nullptr, true);
   out["usable"] = integers.usable();
   if (!integers.usable()) return out;
-  const int64_t pairs = integers.pairs(), per_tile = sweep.codes_per_tile;
-  py::array_t<int64_t> scores({n, packed.size()});
-  py::array_t<double> thresholds(n);
-  py::array_t<bool> fits(n);
-  std::vector<int64_t> code_of_slot(packed.size());
-  for (int64_t slot = 0; slot < packed.size(); ++slot) code_of_slot[slot] = packed.index(int32_t(slot));
-  std::vector<float> panel(channels * sweep.rows), norm(sweep.rows), residual(sweep.rows), largest(sweep.rows);
-  std::vector<uint32_t> square(sweep.rows);
-  std::vector<int32_t> words(pairs * sweep.rows), one((pairs + 1) * per_tile), best(sweep.rows), second(sweep.rows),
-      at(sweep.rows);
+  const bool coarse = integers.has_coarse();
+  const int64_t quads = integers.quads();
+  std::vector<std::vector<int32_t>> fine(n, std::vector<int32_t>(2 * quads)), bytes(n, std::vector<int32_t>(quads));
+  std::vector<float> norm(n), residual(n), coarse_residual(n), panel(channels * sweep.rows), norms(sweep.rows),
+      lost(sweep.rows), coarse_lost(sweep.rows);
+  std::vector<int32_t> fine_panel(2 * quads * sweep.rows), coarse_panel(quads * sweep.rows);
+  py::array_t<bool> fits(n), clear(n);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t d = 0; d < channels; ++d) std::fill_n(&panel[d * sweep.rows], sweep.rows, rows.at(i, d));
-    sweep.prepare(panel.data(), packed.centre(), packed.scale(), channels, norm.data());
-    sweep.quantize(panel.data(), integers.scale(), channels, words.data(), residual.data(), square.data(),
-                   largest.data());
-    int32_t lowest = INT32_MAX;
-    for (int64_t k = 0; k < packed.size(); ++k) {  // one code at a time: a tile whose other codes are padding
-      const int32_t* tile = integers.tiles().codes + (k / per_tile) * (pairs + 1) * per_tile;
-      std::fill(one.begin(), one.end(), 0);
-      std::fill_n(one.begin(), per_tile, INT32_MAX);
-      for (int64_t row = 0; row <= pairs; ++row) one[row * per_tile] = tile[row * per_tile + k % per_tile];
-      std::fill(best.begin(), best.end(), INT32_MAX);
-      std::fill(second.begin(), second.end(), INT32_MAX);
-      sweep.sweep16(words.data(), {one.data(), pairs}, 0, 1, best.data(), second.data(), at.data());
-      scores.mutable_at(i, k) = best[0];
-      lowest = std::min(lowest, best[0]);
-    }
-    fits.mutable_at(i) = integers.fits(largest[0], norm[0]);
-    thresholds.mutable_at(i) = integers.threshold(lowest, norm[0], residual[0], square[0]);
+    sweep.prepare(panel.data(), packed.centre(), packed.scale(), channels, norms.data());
+    sweep.integers->round(panel.data(), float(integers.fine().scale), float(integers.coarse().scale), channels,
+                          fine_panel.data(), coarse ? coarse_panel.data() : nullptr, lost.data(), coarse_lost.data());
+    for (int64_t w = 0; w < integers.pairs(); ++w) fine[i][w] = fine_panel[w * sweep.rows];
+    for (int64_t w = 0; coarse && w < quads; ++w) bytes[i][w] = coarse_panel[w * sweep.rows];
+    norm[i] = norms[0], residual[i] = lost[0], coarse_residual[i] = coarse_lost[0];
+    fits.mutable_at(i) = integers.fits(norm[i]);
   }
-  out["scores"] = scores;
-  out["thresholds"] = thresholds;
+  out["fine"] = integer_scores(sweep, integers.fine_tiles(), integers.fine(), false, integers.size(), fine, norm, residual);
+  if (coarse)
+    out["coarse"] = integer_scores(sweep, integers.coarse_tiles(), integers.coarse(), true, integers.size(), bytes, norm,
+                                   coarse_residual);
+  const auto scores = out["fine"]["scores"].cast<py::array_t<int64_t>>();
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t best = INT32_MAX;
+    for (int64_t k = 0; k < integers.size(); ++k) best = std::min(best, scores.at(i, k));
+    clear.mutable_at(i) = integers.clear_of_aside(integers.fine(), int32_t(best), norm[i], residual[i]);
+  }
+  std::vector<int64_t> code_of_number(integers.size());
+  for (int64_t k = 0; k < integers.size(); ++k) code_of_number[k] = packed.index(integers.slot(k));
   out["fits"] = fits;
-  out["code_of_slot"] = code_of_slot;
-  out["scale"] = double(integers.scale()) * double(packed.scale());
+  out["clear"] = clear;
+  out["codes"] = code_of_number;
+  out["scale"] = integers.fine().scale * double(packed.scale());
   return out;
 }
 
@@ -139,7 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("filter", &filter, py::arg("rows"), py::arg("codebook"),
         "Lower bounds, thresholds and slots of the certified filter (euclidean, float32).");
   m.def("integer_filter", &integer_filter, py::arg("rows"), py::arg("codebook"),
-        "Scores, thresholds and scale of the int16 filter (euclidean, float32); {'usable': False} where it is not used.");
+        "Scores, limits and scale of the integer filters (euclidean, float32); {'usable': False} where they are not used.");
   m.def("time_sweep", &time_sweep, py::arg("size"), py::arg("channels"), py::arg("repeats"),
         "Seconds per sweep of one panel, best of `repeats`.");
   m.def("fma_rate", &fma_rate, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),

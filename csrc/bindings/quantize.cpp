@@ -2,6 +2,7 @@
 // while it is in cache; vqkernels::lookup, the same without the search.
 #include "../cpu/quantize.h"
 
+#include "../cpu/codebook_cache.h"
 #include "../cpu/nearest.h"
 #include "segments.h"
 
@@ -48,11 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z_
       const RowsOut target = rows_out_of(written, out_layout, head);
       const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) + head * rows : nullptr;
       int64_t* index = static_cast<int64_t*>(indices.mutable_data_ptr()) + head * rows;
-      const PackedCodebook packed(codes, view.dtype, metric_of(metric), certified, sweep);
-      const IntegerCodebook integers = integer_codebook(view, packed, kept, certified);
+      const auto searched = search_codebook(codes, view.dtype, metric_of(metric), certified, sweep);
+      const PackedCodebook& packed = searched->packed();
+      const auto integers = searched->integers(integer_row_norm(view, packed, kept, certified), in_parallel);
       const int64_t step = task_rows(rows, kChunk), tasks = (rows + step - 1) / step;
       parallel_for(tasks, 1, [&](int64_t first, int64_t last) {
-        NearestSearch search(view, packed, integers, certified);
+        NearestSearch search(view, packed, *integers, certified);
         bool finite[kChunk];
         for (int64_t begin = first * step; begin < std::min(last * step, rows); begin += step) {
           const int64_t end = std::min(begin + step, rows);

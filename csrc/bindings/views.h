@@ -5,6 +5,8 @@
 // and indices are contiguous in that order. Rows are read through at most two strides, so z is copied only where its
 // leading axes cannot be merged into two groups.
 #pragma once
+#include <functional>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -139,5 +141,8 @@ template <class F> void parallel_for(int64_t count, int64_t grain, const F& f) {
     f(first, last);
   });
 }
+
+// The same as a `Parallel` of the kernels.
+inline void in_parallel(int64_t count, const std::function<void(int64_t, int64_t)>& f) { parallel_for(count, 1, f); }
 
 }  // namespace vqkernels

@@ -17,10 +17,21 @@ double gamma(double n) {
 
 double terms(int64_t channels) { return double(channels) + 16.0; }
 
+constexpr int kPartials = 8;  // independent sums, so that compilers can use vectors
+
+// Sum of f(d) over the channels, in no promised order.
+template <class F> double sum_channels(int64_t channels, const F& f) {
+  double part[kPartials] = {};
+  int64_t d = 0;
+  for (; d + kPartials <= channels; d += kPartials)
+    for (int i = 0; i < kPartials; ++i) part[i] += f(d + i);
+  for (; d < channels; ++d) part[0] += f(d);
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
+// Whether all channels are finite: x - x is 0 for them and NaN otherwise.
 template <class T> bool finite_row(const T* row, int64_t channels) {
-  for (int64_t d = 0; d < channels; ++d)
-    if (!isfinite(double(widen(row[d])))) return false;
-  return true;
+  return sum_channels(channels, [row](int64_t d) { return double(widen(row[d])) - double(widen(row[d])); }) == 0.0;
 }
 
 uint64_t hash_bytes(const char* bytes, int64_t count) {
@@ -41,10 +52,15 @@ int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DT
 }  // namespace
 
 PackedCodebook::PackedCodebook(const Codes& codes, DType rows, Metric m, bool certified, const Sweep& s)
-    : source(codes), metric(m), sweep(s) {
+    : source(codes), metric(m), sweep(s), narrow_(rows != DType::f64) {
   drop_equal_and_non_finite();
-  centre_and_scale(rows != DType::f64);
-  pack(certified);
+  const int64_t padded = (source.channels + 15) / 16 * 16;
+  wide_centre_.assign(padded, 0.0);
+  centre_.assign(padded, 0.0f);
+  zero_.assign(padded, 0.0f);
+  if (metric == Metric::euclidean && size() > 0) choose_centre();
+  if (metric != Metric::cosine) choose_scale();
+  measure(certified);
 }
 
 void PackedCodebook::drop_equal_and_non_finite() {
@@ -81,28 +97,49 @@ double PackedCodebook::contract_norm(const double* code) const {
   return sqrt(square);
 }
 
-void PackedCodebook::centre_and_scale(bool narrow_centre) {
+// The mean of the codes, but for those far larger than the others, which would drag it away from them. Any centre is valid
+// as long as rows and codes subtract the same one.
+void PackedCodebook::choose_centre() {
+  constexpr double kFar = 16.0;  // times the median square
   const int64_t channels = source.channels;
-  wide_centre_.assign(channels, 0.0);
-  centre_.assign(channels, 0.0f);
-  if (metric == Metric::cosine) return;
-  std::vector<double> code(channels);
-  if (metric == Metric::euclidean && size() > 0) {
+  with_type(source.dtype, [&](auto* t) {
+    const auto* base = static_cast<decltype(t)>(source.data);
+    std::vector<double> square(size());
     for (int64_t slot = 0; slot < size(); ++slot) {
-      widen_code(int32_t(slot), code.data());
-      for (int64_t d = 0; d < channels; ++d) wide_centre_[d] += code[d] / double(size());
+      const auto* row = base + index_[slot] * channels;
+      square[slot] = sum_channels(channels, [row](int64_t d) { return double(widen(row[d])) * double(widen(row[d])); });
     }
-    // Any centre is valid as long as rows and codes subtract the same one.
-    for (int64_t d = 0; d < channels; ++d) {
-      if (narrow_centre) wide_centre_[d] = double(float(wide_centre_[d]));
-      centre_[d] = float(wide_centre_[d]);
+    std::vector<double> sorted = square;
+    std::nth_element(sorted.begin(), sorted.begin() + sorted.size() / 2, sorted.end());
+    const double limit = kFar * sorted[sorted.size() / 2];
+    int64_t near = 0;
+    for (int64_t slot = 0; slot < size(); ++slot) near += square[slot] <= limit;
+    if (near == 0) return;  // squares beyond double: their centre is as good as any
+    const double share = 1.0 / double(near);
+    for (int64_t slot = 0; slot < size(); ++slot) {
+      if (!(square[slot] <= limit)) continue;
+      const auto* row = base + index_[slot] * channels;
+      for (int64_t d = 0; d < channels; ++d) wide_centre_[d] += double(widen(row[d])) * share;
     }
+  });
+  for (int64_t d = 0; d < channels; ++d) {
+    if (narrow_) wide_centre_[d] = double(float(wide_centre_[d]));
+    centre_[d] = float(wide_centre_[d]);
   }
+}
+
+// A power of two that brings the largest coordinate below 1.
+void PackedCodebook::choose_scale() {
   double largest = 0.0;
-  for (int64_t slot = 0; slot < size(); ++slot) {
-    widen_code(int32_t(slot), code.data());
-    for (int64_t d = 0; d < channels; ++d) largest = std::max(largest, fabs(code[d] - wide_centre_[d]));
-  }
+  with_type(source.dtype, [&](auto* t) {
+    for (int64_t slot = 0; slot < size(); ++slot) {
+      const auto* row = static_cast<decltype(t)>(source.data) + index_[slot] * source.channels;
+      for (int64_t d = 0; d < source.channels; ++d) {
+        const double x = fabs(double(widen(row[d])) - wide_centre_[d]);
+        largest = x > largest ? x : largest;
+      }
+    }
+  });
   if (largest == 0.0) return;
   int exponent = 0;
   frexp(largest, &exponent);
@@ -110,40 +147,70 @@ void PackedCodebook::centre_and_scale(bool narrow_centre) {
   scale_ = provable_ ? ldexpf(1.0f, -exponent) : 1.0f;
 }
 
-void PackedCodebook::pack(bool certified) {
-  const int64_t channels = source.channels, per_tile = sweep.codes_per_tile;
-  const double c = 1.02 * gamma(terms(channels));
+void PackedCodebook::prepare(int32_t slot, double* code) const {
+  widen_code(slot, code);
+  if (metric != Metric::cosine) {
+    for (int64_t d = 0; d < source.channels; ++d) code[d] = (code[d] - wide_centre_[d]) * double(scale_);
+    return;
+  }
+  // The contract's own norm where it is a normal number; elsewhere the direction is not provable.
+  const double norm = contract_norm(code);
+  const bool normal = norm > 0x1p-480 && norm < 0x1p480;
+  for (int64_t d = 0; d < source.channels; ++d) code[d] = normal ? code[d] / norm : 0.0;
+}
+
+void PackedCodebook::measure(bool certified) {
+  const double c = 1.02 * gamma(terms(source.channels));
+  norm_.resize(size());
+  extent_.resize(size());
+  std::vector<double> code(source.channels);
+  for (int64_t slot = 0; slot < size(); ++slot) {
+    prepare(int32_t(slot), code.data());
+    const double norm = sqrt(sum_channels(source.channels, [&](int64_t d) { return code[d] * code[d]; }));
+    double largest = 0.0;
+    for (const double x : code) largest = fabs(x) > largest ? fabs(x) : largest;
+    norm_[slot] = float(norm * (1.0 + 1e-6));
+    extent_[slot] = float(largest * (1.0 + 1e-6));
+    if (metric != Metric::cosine || norm > 0.0) continue;
+    widen_code(int32_t(slot), code.data());
+    if (!std::all_of(code.begin(), code.end(), [](double x) { return x == 0.0; })) provable_ = false;
+  }
   provable_ = provable_ && isfinite(c);
   error_ = certified && provable_ ? c : 0.0;
+}
+
+Tiles PackedCodebook::tiles() const {
+  std::call_once(packed_, [this] { pack(); });
+  return {codes_.data(), bias_.data(), slope_.data(), source.channels};
+}
+
+void PackedCodebook::pack() const {
+  const int64_t channels = source.channels, per_tile = sweep.codes_per_tile;
   codes_.assign(tile_count() * channels * per_tile, 0.0f);
   bias_.assign(tile_count() * per_tile, std::numeric_limits<float>::infinity());
   slope_.assign(tile_count() * per_tile, 0.0f);
-  norm_.assign(size(), 0.0f);
   std::vector<double> code(channels);
   for (int64_t slot = 0; slot < size(); ++slot) {
-    widen_code(int32_t(slot), code.data());
-    if (metric == Metric::cosine) {
-      // The contract's own norm where it is a normal number; elsewhere the direction is not provable.
-      const double norm = contract_norm(code.data());
-      const bool zero = std::all_of(code.begin(), code.end(), [](double x) { return x == 0.0; });
-      const bool normal = norm > 0x1p-480 && norm < 0x1p480;
-      if (!zero && !normal) provable_ = false;
-      for (double& x : code) x = normal ? x / norm : 0.0;
-    } else {
-      for (int64_t d = 0; d < channels; ++d) code[d] = (code[d] - wide_centre_[d]) * double(scale_);
-    }
-    double square = 0.0;
+    prepare(int32_t(slot), code.data());
     float* packed = codes_.data() + (slot / per_tile) * channels * per_tile + slot % per_tile;
-    for (int64_t d = 0; d < channels; ++d) {
-      square += code[d] * code[d];
-      packed[d * per_tile] = -float(code[d]);
-    }
+    for (int64_t d = 0; d < channels; ++d) packed[d * per_tile] = -float(code[d]);
+    const double square = sum_channels(channels, [&](int64_t d) { return code[d] * code[d]; });
     const double norm = sqrt(square) * (1.0 + 1e-6);
     const double half_square = metric == Metric::euclidean ? 0.5 * square : 0.0;
-    norm_[slot] = float(norm);
     bias_[slot] = float(half_square * (1.0 - error_));
     slope_[slot] = -float(error_ * norm * (1.0 + 1e-6));
   }
+}
+
+PackedCodebook::Code PackedCodebook::code(int32_t slot, float* buffer) const {
+  if (source.dtype == DType::f32 && narrow_)
+    return {static_cast<const float*>(source.data) + index_[slot] * source.channels, centre(), scale()};
+  with_type(source.dtype, [&](auto* t) {
+    const auto* row = static_cast<decltype(t)>(source.data) + index_[slot] * source.channels;
+    for (int64_t d = 0; d < source.channels; ++d)
+      buffer[d] = float((double(widen(row[d])) - wide_centre_[d]) * double(scale_));
+  });
+  return {buffer, zero_.data(), 1.0f};
 }
 
 float PackedCodebook::threshold(float best, float norm, int32_t slot) const {

@@ -29,6 +29,7 @@
 #pragma once
 #include <stdint.h>
 
+#include <mutex>
 #include <vector>
 
 #include "rows.h"
@@ -46,14 +47,17 @@ class PackedCodebook {
   const Metric metric;
   const Sweep& sweep;
 
-  Tiles tiles() const { return {codes_.data(), bias_.data(), slope_.data(), source.channels}; }
+  // Packs the codes for the float32 sweep on the first call, from any thread.
+  Tiles tiles() const;
   int64_t size() const { return int64_t(index_.size()); }  // distinct finite codes
   int64_t tile_count() const { return (size() + sweep.codes_per_tile - 1) / sweep.codes_per_tile; }
   int64_t index(int32_t slot) const { return index_[slot]; }
-  const float* centre() const { return centre_.data(); }
+  const float* centre() const { return centre_.data(); }  // readable up to a multiple of 16 channels
   const double* wide_centre() const { return wide_centre_.data(); }
   float scale() const { return scale_; }
   bool provable() const { return provable_; }
+  float norm(int32_t slot) const { return norm_[slot]; }      // of the centred and scaled code, rounded up
+  float extent(int32_t slot) const { return extent_[slot]; }  // its largest coordinate, rounded up
 
   // T of the certificate for a row with centred norm `norm` whose smallest bound `best` is at `slot`.
   float threshold(float best, float norm, int32_t slot) const;
@@ -62,17 +66,31 @@ class PackedCodebook {
   void widen_code(int32_t slot, double* code) const;
   double contract_norm(const double* code) const;
 
+  // Code at `slot` as a float32 row, (data - centre) * scale being the centred and scaled code within 4u; `buffer` has room
+  // for its channels. Not for cosine.
+  struct Code {
+    const float *data, *centre;
+    float scale;
+  };
+  Code code(int32_t slot, float* buffer) const;
+
  private:
   void drop_equal_and_non_finite();
-  void centre_and_scale(bool narrow_centre);
-  void pack(bool certified);
+  void choose_centre();
+  void choose_scale();
+  void measure(bool certified);
+  void prepare(int32_t slot, double* code) const;  // centred and scaled, or normalised
+  void pack() const;
 
+  bool narrow_;                 // rows and centre are float
   std::vector<int64_t> index_;  // slot -> code
-  std::vector<float> centre_, codes_, bias_, slope_, norm_;
+  std::vector<float> centre_, zero_, norm_, extent_;
   std::vector<double> wide_centre_;
   float scale_ = 1.0f;
   double error_ = 0.0;  // c of the bound
   bool provable_ = true;
+  mutable std::once_flag packed_;
+  mutable std::vector<float> codes_, bias_, slope_;
 };
 
 }  // namespace vqkernels

@@ -1,78 +1,176 @@
 #include "codebook16.h"
 
 #include <math.h>
+#include <string.h>
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 
 namespace vqkernels {
 namespace {
 
 constexpr double kNorms = 90000.0;       // P + Q
 constexpr double kCoordinate = 32766.0;  // of a code: one below int16's limit, so that rint cannot pass it
-constexpr double kLargestNorm = 64000.0; // |q|^2 and |p|^2 fit 32 bits
+constexpr double kLargestNorm = 64000.0;
+constexpr float kAside = 4.0f;
+constexpr int64_t kMostAside = 16;       // one code in so many
+constexpr int64_t kCoarseChannels = 32767;
+constexpr int64_t kPadding = 16;         // words behind the last tile that IntegerKernels::pick may read
+
+double unit(int64_t channels) { return double(channels + 8) * 0x1p-24; }
 
 }  // namespace
 
-IntegerCodebook::IntegerCodebook(const PackedCodebook& codebook, double row_norm)
-    : channels_(codebook.source.channels), pairs_((codebook.source.channels + 1) / 2) {
-  if (codebook.metric != Metric::euclidean || codebook.size() < 2 || !codebook.provable() || !(row_norm >= 0.0))
-    return;
-  std::vector<double> code(channels_);
+IntegerCodebook::IntegerCodebook(const PackedCodebook& codebook, double row_norm, const Parallel& parallel)
+    : channels_(codebook.source.channels),
+      pairs_((channels_ + 1) / 2),
+      quads_((channels_ + 3) / 4),
+      per_tile_(codebook.sweep.codes_per_tile),
+      stride_((channels_ + kFineStep - 1) / kFineStep * kFineStep) {
+  if (codebook.metric != Metric::euclidean || codebook.size() < 2 || !codebook.provable() || !(row_norm >= 0.0)) return;
+  choose_codes(codebook);
   double code_norm = 0.0, coordinate = 0.0;
-  const auto prepared = [&](int64_t slot) {
-    codebook.widen_code(int32_t(slot), code.data());
-    for (int64_t d = 0; d < channels_; ++d)
-      code[d] = (code[d] - codebook.wide_centre()[d]) * double(codebook.scale());
-  };
-  for (int64_t slot = 0; slot < codebook.size(); ++slot) {
-    prepared(slot);
-    double square = 0.0;
-    for (double x : code) square += x * x, coordinate = std::max(coordinate, fabs(x));
-    code_norm = std::max(code_norm, sqrt(square));
+  for (const int32_t slot : slot_) {
+    code_norm = std::max(code_norm, double(codebook.norm(slot)));
+    coordinate = std::max(coordinate, double(codebook.extent(slot)));
   }
-  if (!(code_norm > 0.0)) return;
-  // Rounding adds at most half a unit per coordinate to either norm.
-  const double slack = 0.5 * sqrt(double(channels_)) + 1.0;
-  const double scale = std::min({(kNorms - 2.0 * slack) / (code_norm + row_norm), kCoordinate / coordinate,
-                                 (kLargestNorm - slack) / code_norm, (kLargestNorm - slack) / std::max(row_norm, 1e-30)});
-  scale_ = float(scale * (1.0 - 1e-6));
-  if (!(scale_ * code_norm > 16.0) || !isfinite(scale_)) return;  // codes that vanish beside z: nothing would be decided
-  const double norms_p = code_norm * double(scale_) + slack;
-  const double norms_q = std::min(kNorms - norms_p, kLargestNorm);
-  row_limit_ = norms_q - slack;
-  middle_ = floor(0.5 * (0.5 * norms_p * norms_p + norms_p * norms_q - 0.5 * norms_q * norms_q));
-
-  const int64_t per_tile = codebook.sweep.codes_per_tile;
-  const int64_t tile_words = (pairs_ + 1) * per_tile;
-  codes_.assign(codebook.tile_count() * tile_words, 0);
-  for (int64_t tile = 0; tile < codebook.tile_count(); ++tile)
-    std::fill_n(&codes_[tile * tile_words], per_tile, std::numeric_limits<int32_t>::max());
-  for (int64_t slot = 0; slot < codebook.size(); ++slot) {
-    prepared(slot);
-    int32_t* packed = codes_.data() + (slot / per_tile) * tile_words + slot % per_tile;
-    double residual = 0.0, square = 0.0;
-    for (int64_t d = 0; d < channels_; ++d) {
-      const double x = code[d] * double(scale_), p = nearbyint(x);
-      residual += (x - p) * (x - p);
-      square += p * p;
-      const uint32_t half = uint16_t(int16_t(-p));
-      packed[(1 + d / 2) * per_tile] |= int32_t(half << (d % 2 * 16));
-    }
-    code_residual_ = std::max(code_residual_, sqrt(residual) * (1.0 + 1e-9));
-    packed[0] = int32_t(floor(0.5 * square) - middle_);
-  }
+  if (!choose_scales(code_norm, coordinate, row_norm)) return;
+  pack(codebook, parallel);
   usable_ = true;
 }
 
-double IntegerCodebook::threshold(int32_t best, float norm, float residual, uint32_t square) const {
-  // `residual` is a float32 sum of D squares, `norm` likewise: both are at most 1e-2 low for any D that fits (D < 1e5).
-  const double slack = 1.0 + 4.0 * double(channels_ + 8) * 0x1p-24;
-  const double length = double(norm) * double(scale_) * slack;
-  const double w = double(residual) * slack + code_residual_ + 4.0 * 0x1p-24 * length;
-  const double nearest = sqrt(std::max(0.0, 2.0 * (double(best) + middle_) + 1.0 + double(square)));
-  const double wide = w + double(channels_ + 8) * 0x1p-52 * (nearest + w);
-  return double(best) + 1.0 + 2.0 * wide * (nearest + wide) * (1.0 + 1e-9);
+// Leaves out codes far larger than the others, where they are few.
+void IntegerCodebook::choose_codes(const PackedCodebook& codebook) {
+  std::vector<float> norms(codebook.size());
+  for (int64_t slot = 0; slot < codebook.size(); ++slot) norms[slot] = codebook.norm(int32_t(slot));
+  std::vector<float> sorted = norms;
+  std::nth_element(sorted.begin(), sorted.begin() + sorted.size() / 2, sorted.end());
+  const float limit = kAside * sorted[sorted.size() / 2];
+  const int64_t beyond = std::count_if(norms.begin(), norms.end(), [&](float n) { return n > limit; });
+  const bool leave_out = beyond > 0 && beyond * kMostAside <= codebook.size();
+  slot_.reserve(codebook.size());
+  for (int64_t slot = 0; slot < codebook.size(); ++slot) {
+    if (!leave_out || norms[slot] <= limit) slot_.push_back(int32_t(slot));
+    else aside_ = aside_ > 0.0 ? std::min(aside_, double(norms[slot])) : double(norms[slot]);
+  }
+  aside_ *= 1.0 - 1e-5;  // the norms are rounded up
+}
+
+bool IntegerCodebook::choose_scales(double code_norm, double coordinate, double row_norm) {
+  if (!(code_norm > 0.0)) return false;
+  // Rounding adds at most half a unit per coordinate to either norm.
+  const double slack = 0.5 * sqrt(double(channels_)) + 1.0;
+  const double scale = (1.0 - 1e-6) * std::min({(kNorms - 2.0 * slack) / (code_norm + row_norm), kCoordinate / coordinate,
+                                                (kLargestNorm - slack) / std::max(code_norm, row_norm)});
+  const float rounded = float(scale);
+  if (!isfinite(rounded) || !(rounded * code_norm > 16.0)) return false;  // codes that vanish beside z
+  const double norms_p = code_norm * double(rounded) + slack;
+  const double norms_q = std::min(kNorms - norms_p, kLargestNorm);
+  row_limit_ = norms_q - slack;
+  const double middle = floor(0.5 * (0.5 * norms_p * norms_p + norms_p * norms_q - 0.5 * norms_q * norms_q));
+  const double contract = double(channels_ + 8) * 0x1p-52;
+  fine_certificate_ = {double(rounded), 0.0, middle, unit(channels_), contract};
+  // A row's coordinates may be saturated, a code's may not: rows are many, and each has a residual of its own.
+  const double coarse = 127.0 * (1.0 - 1e-6) / std::max(coordinate, 2.5 * row_norm / sqrt(double(channels_)));
+  coarse_certificate_ = {double(float(coarse)), 0.0, 0.0, unit(channels_), contract};
+  return true;
+}
+
+// Codes are rounded by the kernel that rounds rows, a panel of them at a time.
+void IntegerCodebook::pack(const PackedCodebook& codebook, const Parallel& parallel) {
+  const Sweep& sweep = codebook.sweep;
+  const IntegerKernels& kernels = *sweep.integers;
+  const int64_t lanes = sweep.rows, words = (quads_ + 1) * per_tile_, panels = (size() + lanes - 1) / lanes;
+  const bool coarse = kernels.sweep_coarse != nullptr && channels_ <= kCoarseChannels;
+  const float fine_scale = float(fine_certificate_.scale), coarse_scale = float(coarse_certificate_.scale);
+  const double slack = 1.0 + 4.0 * unit(channels_);
+  codes_.resize(size() * stride_);
+  bias_.resize(size());
+  if (coarse) {
+    coarse_.resize(tile_count() * words + kPadding);
+    for (int64_t number = size(); number < tile_count() * per_tile_; ++number)  // padding codes
+      coarse_[number / per_tile_ * words + number % per_tile_] = std::numeric_limits<int32_t>::max();
+  }
+  std::mutex mutex;
+  parallel(panels, [&](int64_t first, int64_t last) {
+    std::vector<float> rows(lanes * channels_), panel(lanes * channels_), norm(lanes), lost(lanes), coarse_lost(lanes);
+    std::vector<int32_t> fine(lanes * 2 * quads_), bytes(lanes * quads_);
+    std::vector<const int32_t*> at(lanes);
+    double fine_residual = 0.0, coarse_residual = 0.0;
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t begin = p * lanes, some = std::min(lanes, size() - begin);
+      PackedCodebook::Code code{};
+      for (int64_t i = 0; i < some; ++i) {
+        code = codebook.code(slot_[begin + i], &rows[i * channels_]);
+        at[i] = reinterpret_cast<const int32_t*>(code.data);
+      }
+      sweep.transpose(at.data(), some, channels_, reinterpret_cast<int32_t*>(panel.data()), lanes);
+      sweep.prepare(panel.data(), code.centre, code.scale, channels_, norm.data());
+      kernels.round(panel.data(), fine_scale, coarse_scale, channels_, fine.data(), coarse ? bytes.data() : nullptr,
+                    lost.data(), coarse_lost.data());
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t number = begin + i;
+        const double rounding = 4.0 * 0x1p-24 * double(codebook.norm(slot_[number]));
+        fine_residual = std::max(fine_residual, lost[i] * slack + rounding * fine_scale);
+        int16_t* plain = &codes_[number * stride_];
+        int64_t square = 0;
+        for (int64_t w = 0; w < pairs_; ++w) {
+          const uint32_t word = uint32_t(fine[w * lanes + i]);
+          const int32_t even = int16_t(word), odd = int16_t(word >> 16);
+          square += int64_t(even) * even + int64_t(odd) * odd;
+          plain[2 * w] = int16_t(-even);
+          plain[2 * w + 1] = int16_t(-odd);
+        }
+        bias_[number] = int32_t((square >> 1) - int64_t(fine_certificate_.middle));
+        if (!coarse) continue;
+        coarse_residual = std::max(coarse_residual, coarse_lost[i] * slack + rounding * coarse_scale);
+        int32_t* packed = &coarse_[number / per_tile_ * words + number % per_tile_];
+        int32_t square8 = 0, sum8 = 0;
+        for (int64_t w = 0; w < quads_; ++w) {
+          const uint32_t word = uint32_t(bytes[w * lanes + i]) ^ 0x80808080u;
+          uint32_t negated = 0;
+          for (int j = 0; j < 4; ++j) {
+            const int32_t x = int8_t(word >> (8 * j));  // at least -127: the scale is the largest coordinate's
+            square8 += x * x;
+            sum8 += x;
+            negated |= uint32_t(uint8_t(-x)) << (8 * j);
+          }
+          packed[(1 + w) * per_tile_] = int32_t(negated);
+        }
+        packed[0] = (square8 >> 1) + 128 * sum8;
+      }
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    fine_certificate_.residual = std::max(fine_certificate_.residual, fine_residual);
+    coarse_certificate_.residual = std::max(coarse_certificate_.residual, coarse_residual);
+  });
+}
+
+IntegerTiles IntegerCodebook::fine_tiles() const {
+  std::call_once(fine_packed_, [this] { pack_fine_tiles(); });
+  return {fine_.data(), pairs_};
+}
+
+void IntegerCodebook::pack_fine_tiles() const {
+  const int64_t words = (pairs_ + 1) * per_tile_;
+  fine_.resize(tile_count() * words + kPadding);
+  for (int64_t number = 0; number < tile_count() * per_tile_; ++number) {
+    int32_t* packed = &fine_[number / per_tile_ * words + number % per_tile_];
+    packed[0] = number < size() ? bias_[number] : std::numeric_limits<int32_t>::max();
+    if (number >= size()) continue;
+    const int16_t* plain = &codes_[number * stride_];
+    for (int64_t w = 0; w < pairs_; ++w) memcpy(&packed[(1 + w) * per_tile_], &plain[2 * w], sizeof(int32_t));
+  }
+}
+
+bool IntegerCodebook::clear_of_aside(const Certificate& c, int32_t best, float norm, float residual) const {
+  if (aside_ == 0.0) return true;
+  const double slack = 1.0 + 4.0 * c.roundings, length = double(norm) * c.scale * slack;
+  const double rounding = double(residual) * slack, q = length + rounding;
+  const double square = 2.0 * (double(best) + c.middle) + 1.0 + q * q;
+  const double reach = sqrt(std::max(0.0, square)) + rounding + c.residual + 4.0 * 0x1p-24 * length;
+  return aside_ * c.scale - length > reach * (1.0 + 1e-6);
 }
 
 }  // namespace vqkernels

@@ -4,13 +4,14 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 namespace vqkernels {
 namespace {
 
 constexpr int64_t kBlockBytes = 128 * 1024;  // packed codes swept by every panel of a chunk before the next: half an L2
-constexpr int64_t kIntegerChannels = 16;  // below, the float32 sweep is as fast
-constexpr int64_t kIntegerRows = 128;     // below, a second packed codebook costs more than it saves
+constexpr int64_t kIntegerRows = 32;  // below, a second packed codebook costs more than it saves
+constexpr int64_t kMostLanes = 32;  // rows of the widest panel
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Calls f(first tile, last tile, panel) so that a block of codes stays in cache while all panels pass over it.
@@ -18,6 +19,12 @@ template <class F> void for_blocks(int64_t tiles, int64_t tile_bytes, int64_t pa
   const int64_t block = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, tile_bytes));
   for (int64_t first = 0; first < tiles; first += block)
     for (int64_t p = 0; p < panels; ++p) f(first, std::min(first + block, tiles), p);
+}
+
+bool neighbours(const int64_t* offsets, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    if (offsets[i] != offsets[i - 1] + 1) return false;
+  return true;
 }
 
 }  // namespace
@@ -28,31 +35,39 @@ NearestSearch::NearestSearch(const Rows& rows, const PackedCodebook& codebook, c
       codebook_(codebook),
       integers_(integers),
       sweep_(codebook.sweep),
-      certified_(certified),
-      use_integers_(certified && integers.usable()) {
+      certified_(certified) {
   const int64_t padded = (kChunk + sweep_.rows - 1) / sweep_.rows * sweep_.rows;
-  zero_.assign(rows.channels, 0.0f);
-  panels_.resize(padded * rows.channels);
   for (auto* buffer : {&norm_, &best_, &second_}) buffer->resize(padded);
   slot_.resize(padded);
-  if (!use_integers_) return;
-  integer_panels_.resize(padded * integers.pairs());
-  for (auto* buffer : {&integer_best_, &integer_second_}) buffer->resize(padded);
-  for (auto* buffer : {&residual_, &largest_}) buffer->resize(padded);
-  square_.resize(padded);
+  zero_.assign(rows.channels, 0.0f);
+  if (certified && integers.usable())
+    integer_filter_ = std::make_unique<IntegerFilter>(codebook, integers, std::min(kChunk, rows.count()));
 }
 
-// Reads up to rows-per-panel rows, transposed to [channel][row], then centres and scales them. Absent rows are zeros.
-void NearestSearch::read_panel(const int64_t* offsets, int64_t count, float* panel, float* norm) {
+// Reads up to rows-per-panel rows, transposed to [channel][row], zeros where there is no row.
+void NearestSearch::read_panel(const int64_t* offsets, int64_t count, float* panel) {
   const int64_t channels = rows_.channels, stride = rows_.channel_stride, lanes = sweep_.rows;
+  if (rows_.dtype == DType::f32 && stride == 1) {
+    const int32_t* at[kMostLanes];
+    for (int64_t r = 0; r < count; ++r) at[r] = static_cast<const int32_t*>(rows_.data) + offsets[r];
+    sweep_.transpose(at, count, channels, reinterpret_cast<int32_t*>(panel), lanes);
+    return;
+  }
+  for (int64_t d = 0; count < lanes && d < channels; ++d) std::fill(panel + d * lanes + count, panel + (d + 1) * lanes, 0.0f);
+  if (rows_.dtype == DType::f32 && neighbours(offsets, count)) {
+    const float* z = static_cast<const float*>(rows_.data) + offsets[0];
+    for (int64_t d = 0; d < channels; ++d) std::copy(z + d * stride, z + d * stride + count, panel + d * lanes);
+    return;
+  }
   with_type(rows_.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    constexpr bool wide = std::is_same<T, double>::value;
     const T* z = static_cast<const T*>(rows_.data);
     // A double row is centred and scaled before its one rounding to float; the others are read as they are.
     const auto read = [&](int64_t at, int64_t d) {
-      return wide ? float((double(widen(z[at])) - codebook_.wide_centre()[d]) * double(codebook_.scale()))
-                  : float(widen(z[at]));
+      if constexpr (std::is_same<T, double>::value)
+        return float((z[at] - codebook_.wide_centre()[d]) * double(codebook_.scale()));
+      else
+        return widen(z[at]);
     };
     if (stride == 1) {
       for (int64_t r = 0; r < count; ++r)
@@ -61,11 +76,20 @@ void NearestSearch::read_panel(const int64_t* offsets, int64_t count, float* pan
       for (int64_t d = 0; d < channels; ++d)
         for (int64_t r = 0; r < count; ++r) panel[d * lanes + r] = read(offsets[r] + d * stride, d);
     }
-    // Absent rows become 0 by preparation: no bound is spoiled, and the results are never looked at.
-    for (int64_t d = 0; d < channels; ++d)
-      for (int64_t r = count; r < lanes; ++r) panel[d * lanes + r] = wide ? 0.0f : codebook_.centre()[d];
-    sweep_.prepare(panel, wide ? zero_.data() : codebook_.centre(), wide ? 1.0f : codebook_.scale(), channels, norm);
   });
+}
+
+// Reads rows as panels, centred and scaled, with their norms.
+void NearestSearch::read_panels(const Pending& rows) {
+  const int64_t lanes = sweep_.rows, channels = rows_.channels;
+  const bool centred = rows_.dtype == DType::f64;
+  if (int64_t(panels_.size()) < panels(rows) * lanes * channels) panels_.resize(panels(rows) * lanes * channels);
+  for (int64_t first = 0; first < rows.size(); first += lanes) {
+    float* panel = &panels_[first * channels];
+    read_panel(&rows.offset[first], std::min(lanes, rows.size() - first), panel);
+    sweep_.prepare(panel, centred ? zero_.data() : codebook_.centre(), centred ? 1.0f : codebook_.scale(), channels,
+                   &norm_[first]);
+  }
 }
 
 bool NearestSearch::row_is_finite(int64_t offset) const {
@@ -75,13 +99,6 @@ bool NearestSearch::row_is_finite(int64_t offset) const {
       if (!isfinite(widen(row[d * rows_.channel_stride]))) return false;
     return true;
   });
-}
-
-void NearestSearch::read_panels(const Pending& rows) {
-  const int64_t lanes = sweep_.rows;
-  for (int64_t p = 0; p < panels(rows); ++p)
-    read_panel(&rows.offset[p * lanes], std::min(lanes, rows.size() - p * lanes),
-               &panels_[p * lanes * rows_.channels], &norm_[p * lanes]);
 }
 
 int64_t NearestSearch::operator()(int64_t begin, int64_t end, const bool* mask, int64_t* index, bool* finite) {
@@ -95,11 +112,9 @@ int64_t NearestSearch::operator()(int64_t begin, int64_t end, const bool* mask, 
     if (++position == rows_.positions) position = 0, ++batch;
   }
   const int64_t unmasked = pending_.size();
+  contracted_ = 0;
   read_panels(pending_);
-  if (use_integers_) {
-    filter_in_int16(index, finite);
-    read_panels(pending_);
-  }
+  if (integer_filter_ != nullptr && integer_filter_->active()) filter_in_integers(index, finite);
   filter_in_float(index, finite);
 
   std::vector<int64_t> found(open_.size());
@@ -107,29 +122,20 @@ int64_t NearestSearch::operator()(int64_t begin, int64_t end, const bool* mask, 
     rescore(&open_.offset[first], &threshold_[first], std::min<int64_t>(sweep_.rows, open_.size() - first),
             &found[first]);
   for (int64_t i = 0; i < open_.size(); ++i) index[open_.row[i]] = found[i];
-  return unmasked - open_.size();
+  return unmasked - open_.size() - contracted_;
 }
 
 // Decides what it can of the pending rows; the others stay pending.
-void NearestSearch::filter_in_int16(int64_t* index, bool* finite) {
-  const int64_t lanes = sweep_.rows, channels = rows_.channels, pairs = integers_.pairs(), count = panels(pending_);
-  for (int64_t p = 0; p < count; ++p)
-    sweep_.quantize(&panels_[p * lanes * channels], integers_.scale(), channels, &integer_panels_[p * lanes * pairs],
-                    &residual_[p * lanes], &square_[p * lanes], &largest_[p * lanes]);
-  std::fill(integer_best_.begin(), integer_best_.end(), std::numeric_limits<int32_t>::max());
-  std::fill(integer_second_.begin(), integer_second_.end(), std::numeric_limits<int32_t>::max());
-  std::fill(slot_.begin(), slot_.end(), 0);
-  const int64_t tile_bytes = (pairs + 1) * sweep_.codes_per_tile * int64_t(sizeof(int32_t));
-  for_blocks(codebook_.tile_count(), tile_bytes, count, [&](int64_t first, int64_t last, int64_t p) {
-    sweep_.sweep16(&integer_panels_[p * lanes * pairs], integers_.tiles(), first, last, &integer_best_[p * lanes],
-                   &integer_second_[p * lanes], &slot_[p * lanes]);
-  });
+void NearestSearch::filter_in_integers(int64_t* index, bool* finite) {
+  const IntegerFilter::Row* rows = (*integer_filter_)(panels_.data(), norm_.data(), pending_.size());
   open_.clear();
   for (int64_t i = 0; i < pending_.size(); ++i) {
     const int64_t row = pending_.row[i];
-    if (integers_.fits(largest_[i], norm_[i]) &&
-        double(integer_second_[i]) > integers_.threshold(integer_best_[i], norm_[i], residual_[i], square_[i])) {
-      index[row] = codebook_.index(slot_[i]);
+    if (rows[i].count == 1) {
+      index[row] = codebook_.index(integers_.slot(rows[i].survivors[0]));
+    } else if (rows[i].count > 1) {
+      index[row] = contract_winner(pending_.offset[i], rows[i].survivors, rows[i].count);
+      ++contracted_;
     } else if (!(norm_[i] < kInfinity) && !row_is_finite(pending_.offset[i])) {
       finite[row] = false;
       index[row] = 0;
@@ -137,9 +143,31 @@ void NearestSearch::filter_in_int16(int64_t* index, bool* finite) {
       open_.add(row, pending_.offset[i]);
     }
   }
-  // Data on which this filter decides little costs one chunk per task, not two sweeps for every row.
-  use_integers_ = open_.size() * 10 < pending_.size() * 3;
   std::swap(pending_, open_);
+  read_panels(pending_);
+}
+
+// The contract for one row over a few codes, ascending: the lowest index wins a tie.
+int64_t NearestSearch::contract_winner(int64_t offset, const int32_t* survivors, int32_t count) {
+  wide_row_.resize(rows_.channels);
+  wide_code_.resize(rows_.channels);
+  with_type(rows_.dtype, [&](auto* type) {
+    const auto* row = static_cast<decltype(type)>(rows_.data) + offset;
+    for (int64_t d = 0; d < rows_.channels; ++d) wide_row_[d] = double(widen(row[d * rows_.channel_stride]));
+  });
+  double lowest = std::numeric_limits<double>::infinity();
+  int64_t index = codebook_.index(integers_.slot(survivors[0]));
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t slot = integers_.slot(survivors[i]);
+    codebook_.widen_code(slot, wide_code_.data());
+    double score = 0.0;
+    for (int64_t d = 0; d < rows_.channels; ++d) {
+      const double difference = wide_row_[d] - wide_code_[d];
+      score += difference * difference;
+    }
+    if (score < lowest) lowest = score, index = codebook_.index(slot);
+  }
+  return index;
 }
 
 // Decides what it can of the pending rows; the others are left in open_, with their thresholds.
@@ -185,7 +213,9 @@ void NearestSearch::rescore(const int64_t* offsets, const float* thresholds, int
 
   std::vector<float> limit(lanes, -kInfinity);
   std::copy(thresholds, thresholds + count, limit.begin());
-  read_panel(offsets, count, panels_.data(), norm_.data());
+  Pending panel;
+  for (int64_t r = 0; r < count; ++r) panel.add(r, offsets[r]);
+  read_panels(panel);
   const int64_t survivors =
       sweep_.sift(panels_.data(), norm_.data(), codebook_.tiles(), codebook_.size(), limit.data(), survivors_.data());
   with_type(rows_.dtype, [&](auto* type) {
@@ -211,10 +241,11 @@ void NearestSearch::rescore(const int64_t* offsets, const float* thresholds, int
   }
 }
 
-// The norm of a large row, centred and scaled, among up to 1024 unmasked ones.
+// The norm of a large row, centred and scaled, among some unmasked ones, rounded up to a power of 2^(1/4): calls on the
+// same kind of data choose the same scales.
 static double typical_row_norm(const Rows& rows, const PackedCodebook& codebook, const bool* mask) {
-  constexpr int64_t kSamples = 1024;
-  constexpr double kMargin = 1.3;  // rows beyond it go to the float32 filter
+  constexpr int64_t kSamples = 128;
+  constexpr double kMargin = 1.2;  // rows beyond it go to the float32 filter
   const int64_t step = std::max<int64_t>(1, rows.count() / kSamples);
   double largest = 0.0;
   with_type(rows.dtype, [&](auto* type) {
@@ -229,13 +260,12 @@ static double typical_row_norm(const Rows& rows, const PackedCodebook& codebook,
       if (square < 0x1p120) largest = std::max(largest, square);  // not of a row that no filter could take
     }
   });
-  return kMargin * sqrt(largest);
+  return largest > 0.0 ? exp2(ceil(4.0 * log2(kMargin * sqrt(largest))) / 4.0) : 0.0;
 }
 
-IntegerCodebook integer_codebook(const Rows& rows, const PackedCodebook& codebook, const bool* mask, bool certified) {
-  const bool worth_it = certified && codebook.sweep.sweep16 != nullptr && rows.channels >= kIntegerChannels &&
-                        rows.count() >= kIntegerRows;
-  return IntegerCodebook(codebook, worth_it ? typical_row_norm(rows, codebook, mask) : double(NAN));
+double integer_row_norm(const Rows& rows, const PackedCodebook& codebook, const bool* mask, bool certified) {
+  const bool worth_it = certified && codebook.sweep.integers != nullptr && rows.count() >= kIntegerRows;
+  return worth_it ? typical_row_norm(rows, codebook, mask) : double(NAN);
 }
 
 }  // namespace vqkernels

@@ -1,17 +1,19 @@
-// Nearest-code search on the CPU: fused float32 filter with a certificate, float64 contract for what it leaves open.
+// Nearest-code search on the CPU: integer and float32 filters with certificates, the float64 contract for what they leave.
 //
-// Three filters in a row, each exact about what it decides: int16 (codebook16.h), float32 (codebook.h), float64 (the
-// contract itself, on the codes that could still win). Fused: centring, rounding, distances, running minimum and second
-// minimum, certificates, re-scoring. Never built: the N x K matrix; scores live in registers. Traffic: z once, the packed
-// codebook once per kChunk rows, indices once. Ties: lowest index. A row's result depends on that row and the codebook
-// alone, so threads, batch splits and tilings cannot change it.
+// Three filters in a row, each exact about what it decides: int8 and int16 (codebook16.h), float32 (codebook.h), float64
+// (the contract itself, on the codes that could still win). Fused: centring, rounding, distances, minima, certificates,
+// re-scoring. Never built: the N x K matrix; scores live in registers. Traffic: z once, the packed codebook once per kChunk
+// rows, indices once. Ties: lowest index. A row's result depends on that row and the codebook alone, so threads, batch
+// splits and tilings cannot change it.
 #pragma once
 #include <stdint.h>
 
+#include <memory>
 #include <vector>
 
 #include "codebook.h"
 #include "codebook16.h"
+#include "integer_filter.h"
 #include "rows.h"
 
 namespace vqkernels {
@@ -39,10 +41,11 @@ class NearestSearch {
 
   int64_t panels(const Pending& rows) const { return (rows.size() + sweep_.rows - 1) / sweep_.rows; }
   void read_panels(const Pending& rows);
-  void read_panel(const int64_t* offsets, int64_t count, float* panel, float* norm);
+  void read_panel(const int64_t* offsets, int64_t count, float* panel);
   bool row_is_finite(int64_t offset) const;
-  void filter_in_int16(int64_t* index, bool* finite);
+  void filter_in_integers(int64_t* index, bool* finite);
   void filter_in_float(int64_t* index, bool* finite);
+  int64_t contract_winner(int64_t offset, const int32_t* survivors, int32_t count);
   void rescore(const int64_t* offsets, const float* thresholds, int64_t count, int64_t* index);
 
   const Rows& rows_;
@@ -50,17 +53,17 @@ class NearestSearch {
   const IntegerCodebook& integers_;
   const Sweep& sweep_;
   const bool certified_;
-  bool use_integers_;  // until too many rows are left undecided
+  std::unique_ptr<IntegerFilter> integer_filter_;
   Pending pending_, open_;
-  std::vector<float> zero_, panels_, norm_, best_, second_, residual_, largest_, threshold_;
-  std::vector<int32_t> slot_, integer_panels_, integer_best_, integer_second_;
-  std::vector<uint32_t> square_;
+  int64_t contracted_ = 0;  // rows of this chunk that the contract decided among a few survivors
+  std::vector<float> zero_, panels_, norm_, best_, second_, threshold_;
+  std::vector<int32_t> slot_;
   // Buffers of the float64 pass.
   std::vector<int32_t> survivors_;
-  std::vector<double> wide_panel_, wide_code_, score_, wide_best_;
+  std::vector<double> wide_row_, wide_panel_, wide_code_, score_, wide_best_;
 };
 
-// The int16 codebook for these rows, unusable where the float32 filter alone is the better choice.
-IntegerCodebook integer_codebook(const Rows& rows, const PackedCodebook& codebook, const bool* mask, bool certified);
+// The row norm that IntegerCodebook wants for these rows; NaN where the float32 filter alone is the better choice.
+double integer_row_norm(const Rows& rows, const PackedCodebook& codebook, const bool* mask, bool certified);
 
 }  // namespace vqkernels

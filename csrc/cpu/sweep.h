@@ -6,6 +6,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "integers.h"
 #include "level.h"
 
 namespace vqkernels {
@@ -16,13 +17,6 @@ struct Tiles {
   const float* bias;   // [tile][code]; padding +inf
   const float* slope;  // [tile][code]; padding 0
   int64_t channels;
-};
-
-// The integer filter's codes (see codebook16.h): the score of code j for row i is  bias[j] - q_i . p_j  in int32. A tile is
-// one row of biases (padding INT32_MAX), then one row of codes per pair of channels: two int16 a word, negated.
-struct IntegerTiles {
-  const int32_t* codes;  // [tile][1 + pair][code]
-  int64_t pairs;         // at least 1
 };
 
 struct Sweep {
@@ -47,15 +41,11 @@ struct Sweep {
   // separately. `euclidean`: the squared distance; otherwise minus the dot product.
   void (*contract)(const double* panel, const double* code, int64_t channels, bool euclidean, double* score);
 
-  // Rounds a prepared panel to int16, q = rint(scale * x), two channels a word: [pair][row]. Writes for each row
-  // |scale * x - q| (`residual`), |q|^2 modulo 2^32 (`square`) and the largest |scale * x| (`largest`).
-  // Null where the level has no integer filter.
-  void (*quantize)(const float* panel, float scale, int64_t channels, int32_t* out, float* residual, uint32_t* square,
-                   float* largest);
+  // Transposes 32-bit words: out[word * stride + i] = rows[i][word] for i < rows() and word < words; zeros from `count` on.
+  // Reads nothing behind a row's last word.
+  void (*transpose)(const int32_t* const* rows, int64_t count, int64_t words, int32_t* out, int64_t stride);
 
-  // As `sweep`, for the integer scores.
-  void (*sweep16)(const int32_t* panel, const IntegerTiles& tiles, int64_t first, int64_t last, int32_t* best,
-                  int32_t* second, int32_t* slot);
+  const IntegerKernels* integers;  // null where the level has no integer filter
 };
 
 extern const Sweep kSweepBaseline;

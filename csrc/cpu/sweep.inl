@@ -120,4 +120,17 @@ void contract(const double* panel, const double* code, int64_t channels, bool eu
   for (int i = 0; i < 4; ++i) store(score + i * kStep, sum[i]);
 }
 
+void transpose_words(const int32_t* const* rows, int64_t count, int64_t words, int32_t* out, int64_t stride) {
+  for (int64_t half = 0; half < kRows; half += kLanes) {
+    for (int64_t first = 0; first < words; first += kLanes) {
+      const int64_t some = words - first < kLanes ? words - first : kLanes;
+      Ints block[kLanes] = {};
+      for (int64_t i = 0; i < kLanes && half + i < count; ++i)
+        block[i] = some == kLanes ? load(rows[half + i] + first) : load_some(rows[half + i] + first, some);
+      transpose(block);
+      for (int64_t w = 0; w < some; ++w) store(out + (first + w) * stride + half, block[w]);
+    }
+  }
+}
+
 }  // namespace

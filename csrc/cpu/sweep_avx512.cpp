@@ -2,8 +2,8 @@
 #if defined(__x86_64__)
 static constexpr int kCodesPerTile = 12;
 #include "sweep.inl"
-#include "sweep16.inl"
+#include "integers.inl"
 
-const vqkernels::Sweep vqkernels::kSweepAvx512 = {Level::avx512, kRows, kCodesPerTile, prepare, sweep, sift, contract, quantize,
-                                                  sweep16};
+const vqkernels::Sweep vqkernels::kSweepAvx512 = {Level::avx512, kRows, kCodesPerTile, prepare, sweep, sift, contract,
+    transpose_words, &kIntegers};
 #endif

@@ -2,6 +2,5 @@
 static constexpr int kCodesPerTile = 4;
 #include "sweep.inl"
 
-const vqkernels::Sweep vqkernels::kSweepBaseline = {Level::baseline, kRows, kCodesPerTile, prepare, sweep, sift, contract, nullptr,
-                                                nullptr};
-
+const vqkernels::Sweep vqkernels::kSweepBaseline = {Level::baseline, kRows, kCodesPerTile, prepare, sweep, sift, contract,
+    transpose_words, nullptr};
