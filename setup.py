@@ -27,8 +27,8 @@ LEVEL_FLAGS = (
     else {}
 )
 # gcc 12's own AVX-512 headers warn about registers that are undefined on purpose.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-uninitialized",
-         "-Wno-maybe-uninitialized", "-Wno-attributes"]  # fmt: skip
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall",
+         "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-attributes"]  # fmt: skip
 
 
 def operators() -> Extension:

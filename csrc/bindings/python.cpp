@@ -118,7 +118,7 @@ py::dict integer_filter(const FloatArray& rows, const FloatArray& codebook) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t d = 0; d < channels; ++d) std::fill_n(&panel[d * sweep.rows], sweep.rows, rows.at(i, d));
     sweep.prepare(panel.data(), packed.centre(), packed.scale(), channels, norms.data());
-    sweep.integers->round(panel.data(), float(integers.fine().scale), float(integers.coarse().scale), channels,
+    sweep.integers->round(panel.data(), integers.fine().row_scale, integers.coarse().row_scale, channels,
                           fine_panel.data(), coarse ? coarse_panel.data() : nullptr, lost.data(), coarse_lost.data());
     for (int64_t w = 0; w < integers.pairs(); ++w) fine[i][w] = fine_panel[w * sweep.rows];
     for (int64_t w = 0; coarse && w < quads; ++w) bytes[i][w] = coarse_panel[w * sweep.rows];
@@ -140,7 +140,7 @@ py::dict integer_filter(const FloatArray& rows, const FloatArray& codebook) {
   out["fits"] = fits;
   out["clear"] = clear;
   out["codes"] = code_of_number;
-  out["scale"] = integers.fine().scale * double(packed.scale());
+  out["scale"] = integers.fine().row_scale * double(packed.scale());
   return out;
 }
 

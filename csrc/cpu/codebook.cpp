@@ -203,13 +203,11 @@ void PackedCodebook::pack() const {
 }
 
 PackedCodebook::Code PackedCodebook::code(int32_t slot, float* buffer) const {
-  if (source.dtype == DType::f32 && narrow_)
+  if (source.dtype == DType::f32 && narrow_ && metric != Metric::cosine)
     return {static_cast<const float*>(source.data) + index_[slot] * source.channels, centre(), scale()};
-  with_type(source.dtype, [&](auto* t) {
-    const auto* row = static_cast<decltype(t)>(source.data) + index_[slot] * source.channels;
-    for (int64_t d = 0; d < source.channels; ++d)
-      buffer[d] = float((double(widen(row[d])) - wide_centre_[d]) * double(scale_));
-  });
+  std::vector<double> wide(source.channels);
+  prepare(slot, wide.data());
+  for (int64_t d = 0; d < source.channels; ++d) buffer[d] = float(wide[d]);
   return {buffer, zero_.data(), 1.0f};
 }
 

@@ -67,7 +67,7 @@ class PackedCodebook {
   double contract_norm(const double* code) const;
 
   // Code at `slot` as a float32 row, (data - centre) * scale being the centred and scaled code within 4u; `buffer` has room
-  // for its channels. Not for cosine.
+  // for its channels. For cosine it is the normalised code.
   struct Code {
     const float *data, *centre;
     float scale;

@@ -11,6 +11,7 @@ namespace vqkernels {
 namespace {
 
 constexpr double kNorms = 90000.0;       // P + Q
+constexpr double kByte = 127.0;          // a code's largest int8
 constexpr double kCoordinate = 32766.0;  // of a code: one below int16's limit, so that rint cannot pass it
 constexpr double kLargestNorm = 64000.0;
 constexpr float kAside = 4.0f;
@@ -27,8 +28,9 @@ IntegerCodebook::IntegerCodebook(const PackedCodebook& codebook, double row_norm
       pairs_((channels_ + 1) / 2),
       quads_((channels_ + 3) / 4),
       per_tile_(codebook.sweep.codes_per_tile),
-      stride_((channels_ + kFineStep - 1) / kFineStep * kFineStep) {
-  if (codebook.metric != Metric::euclidean || codebook.size() < 2 || !codebook.provable() || !(row_norm >= 0.0)) return;
+      stride_((channels_ + kFineStep - 1) / kFineStep * kFineStep),
+      euclidean_(codebook.metric == Metric::euclidean) {
+  if (codebook.size() < 2 || !codebook.provable() || !(row_norm >= 0.0)) return;
   choose_codes(codebook);
   double code_norm = 0.0, coordinate = 0.0;
   for (const int32_t slot : slot_) {
@@ -48,7 +50,7 @@ void IntegerCodebook::choose_codes(const PackedCodebook& codebook) {
   std::nth_element(sorted.begin(), sorted.begin() + sorted.size() / 2, sorted.end());
   const float limit = kAside * sorted[sorted.size() / 2];
   const int64_t beyond = std::count_if(norms.begin(), norms.end(), [&](float n) { return n > limit; });
-  const bool leave_out = beyond > 0 && beyond * kMostAside <= codebook.size();
+  const bool leave_out = euclidean_ && beyond > 0 && beyond * kMostAside <= codebook.size();
   slot_.reserve(codebook.size());
   for (int64_t slot = 0; slot < codebook.size(); ++slot) {
     if (!leave_out || norms[slot] <= limit) slot_.push_back(int32_t(slot));
@@ -59,22 +61,37 @@ void IntegerCodebook::choose_codes(const PackedCodebook& codebook) {
 
 bool IntegerCodebook::choose_scales(double code_norm, double coordinate, double row_norm) {
   if (!(code_norm > 0.0)) return false;
+  const double rows = std::max(row_norm, 1e-30), root = sqrt(double(channels_));
   // Rounding adds at most half a unit per coordinate to either norm.
-  const double slack = 0.5 * sqrt(double(channels_)) + 1.0;
-  const double scale = (1.0 - 1e-6) * std::min({(kNorms - 2.0 * slack) / (code_norm + row_norm), kCoordinate / coordinate,
-                                                (kLargestNorm - slack) / std::max(code_norm, row_norm)});
-  const float rounded = float(scale);
-  if (!isfinite(rounded) || !(rounded * code_norm > 16.0)) return false;  // codes that vanish beside z
-  const double norms_p = code_norm * double(rounded) + slack;
-  const double norms_q = std::min(kNorms - norms_p, kLargestNorm);
-  row_limit_ = norms_q - slack;
-  const double middle = floor(0.5 * (0.5 * norms_p * norms_p + norms_p * norms_q - 0.5 * norms_q * norms_q));
+  const double slack = 0.5 * root + 1.0, half = 0.5 * kNorms - slack;
   const double contract = double(channels_ + 8) * 0x1p-52;
-  fine_certificate_ = {double(rounded), 0.0, middle, unit(channels_), contract};
-  // A row's coordinates may be saturated, a code's may not: rows are many, and each has a residual of its own.
-  const double coarse = 127.0 * (1.0 - 1e-6) / std::max(coordinate, 2.5 * row_norm / sqrt(double(channels_)));
-  coarse_certificate_ = {double(float(coarse)), 0.0, 0.0, unit(channels_), contract};
-  return true;
+  double row_scale, code_scale, middle = 0.0;
+  if (euclidean_) {
+    row_scale = code_scale = std::min({(kNorms - 2.0 * slack) / (code_norm + row_norm), kCoordinate / coordinate,
+                                       (kLargestNorm - slack) / std::max(code_norm, row_norm)});
+  } else {
+    row_scale = half / rows;
+    code_scale = std::min(half / code_norm, kCoordinate / coordinate);
+  }
+  row_scale = double(float(row_scale * (1.0 - 1e-6)));
+  code_scale = double(float(code_scale * (1.0 - 1e-6)));
+  if (!isfinite(row_scale) || !(code_scale * code_norm > 16.0)) return false;  // codes that vanish beside z
+  row_limit_ = half;
+  if (euclidean_) {
+    const double norms_p = code_norm * code_scale + slack, norms_q = std::min(kNorms - norms_p, kLargestNorm);
+    row_limit_ = norms_q - slack;
+    middle = floor(0.5 * (0.5 * norms_p * norms_p + norms_p * norms_q - 0.5 * norms_q * norms_q));
+  }
+  fine_certificate_ = {float(row_scale), float(code_scale), euclidean_, 0.0, code_norm * code_scale, middle, 1.0,
+                       unit(channels_), contract};
+  // int8. A row's coordinates may be saturated, a code's may not: rows are many, and each has a residual of its own.
+  const double byte_codes = double(float(kByte * (1.0 - 1e-6) / coordinate));
+  const double byte_rows = double(float(std::min(kByte * root / (2.9 * rows), 4.0 * kByte * root / code_norm)));
+  // The norms that the biases are made from are at most 1.2e-6 too large.
+  const double bias = 1.0 + 3e-6 * (0.5 * code_norm * code_norm * byte_rows * byte_codes);
+  coarse_certificate_ = {float(byte_rows), float(byte_codes), false, 0.0, code_norm * byte_codes, 0.0, bias,
+                         unit(channels_), contract};
+  return isfinite(byte_codes) && isfinite(byte_rows);
 }
 
 // Codes are rounded by the kernel that rounds rows, a panel of them at a time.
@@ -83,7 +100,8 @@ void IntegerCodebook::pack(const PackedCodebook& codebook, const Parallel& paral
   const IntegerKernels& kernels = *sweep.integers;
   const int64_t lanes = sweep.rows, words = (quads_ + 1) * per_tile_, panels = (size() + lanes - 1) / lanes;
   const bool coarse = kernels.sweep_coarse != nullptr && channels_ <= kCoarseChannels;
-  const float fine_scale = float(fine_certificate_.scale), coarse_scale = float(coarse_certificate_.scale);
+  const float fine_scale = fine_certificate_.code_scale, coarse_scale = coarse_certificate_.code_scale;
+  const double half_ratio = euclidean_ ? 0.5 * double(coarse_certificate_.row_scale) * double(coarse_scale) : 0.0;
   const double slack = 1.0 + 4.0 * unit(channels_);
   codes_.resize(size() * stride_);
   bias_.resize(size());
@@ -122,23 +140,23 @@ void IntegerCodebook::pack(const PackedCodebook& codebook, const Parallel& paral
           plain[2 * w] = int16_t(-even);
           plain[2 * w + 1] = int16_t(-odd);
         }
-        bias_[number] = int32_t((square >> 1) - int64_t(fine_certificate_.middle));
+        bias_[number] = euclidean_ ? int32_t((square >> 1) - int64_t(fine_certificate_.middle)) : 0;
         if (!coarse) continue;
         coarse_residual = std::max(coarse_residual, coarse_lost[i] * slack + rounding * coarse_scale);
         int32_t* packed = &coarse_[number / per_tile_ * words + number % per_tile_];
-        int32_t square8 = 0, sum8 = 0;
+        int32_t sum8 = 0;
         for (int64_t w = 0; w < quads_; ++w) {
           const uint32_t word = uint32_t(bytes[w * lanes + i]) ^ 0x80808080u;
           uint32_t negated = 0;
           for (int j = 0; j < 4; ++j) {
             const int32_t x = int8_t(word >> (8 * j));  // at least -127: the scale is the largest coordinate's
-            square8 += x * x;
             sum8 += x;
             negated |= uint32_t(uint8_t(-x)) << (8 * j);
           }
           packed[(1 + w) * per_tile_] = int32_t(negated);
         }
-        packed[0] = (square8 >> 1) + 128 * sum8;
+        const double norm_of = codebook.norm(slot_[number]);
+        packed[0] = int32_t(nearbyint(half_ratio * norm_of * norm_of)) + 128 * sum8;
       }
     }
     const std::lock_guard<std::mutex> lock(mutex);
@@ -166,11 +184,17 @@ void IntegerCodebook::pack_fine_tiles() const {
 
 bool IntegerCodebook::clear_of_aside(const Certificate& c, int32_t best, float norm, float residual) const {
   if (aside_ == 0.0) return true;
-  const double slack = 1.0 + 4.0 * c.roundings, length = double(norm) * c.scale * slack;
-  const double rounding = double(residual) * slack, q = length + rounding;
-  const double square = 2.0 * (double(best) + c.middle) + 1.0 + q * q;
-  const double reach = sqrt(std::max(0.0, square)) + rounding + c.residual + 4.0 * 0x1p-24 * length;
-  return aside_ * c.scale - length > reach * (1.0 + 1e-6);
+  // In units of A; the squared distance to the code with this score is at most 2 (F + c + m + 1) S / R + |A|^2.
+  const double slack = 1.0 + 4.0 * c.roundings, length = double(norm) * double(c.row_scale) * slack;
+  const double rho = double(residual) * slack + 4.0 * 0x1p-24 * length, q = length + rho;
+  double reach;
+  if (c.triangle) {
+    reach = sqrt(std::max(0.0, 2.0 * (double(best) + c.middle) + 1.0 + q * q)) + rho + c.residual;
+  } else {
+    const double worst = double(best) + rho * c.code_norm + q * c.residual + c.bias;
+    reach = sqrt(std::max(0.0, 2.0 * worst * double(c.row_scale) / double(c.code_scale) + length * length));
+  }
+  return aside_ * double(c.row_scale) - length > reach * (1.0 + 1e-6);
 }
 
 }  // namespace vqkernels

@@ -32,6 +32,7 @@ class IntegerFilter {
 
  private:
   enum class Mode { coarse, fine, off };
+  static constexpr int64_t kMostLanes = 32;   // rows of the widest panel
   static constexpr int64_t kMostTiles = 384;  // candidate tiles of one row; a row with more is left open
 
   struct Candidates {
@@ -46,28 +47,28 @@ class IntegerFilter {
     const Certificate* certificate;
     decltype(IntegerKernels::sweep_fine) sweep;
     decltype(IntegerKernels::pick_fine) pick;
-    const int32_t* panels;
-    int64_t panel_words;  // per row
+    const int32_t* panel;
     const float* residual;
   };
 
-  void round_panels(const float* panels, int64_t count);
-  void sweep_panel(const Pass& pass, const float* norm, int64_t at, int64_t count);
-  void finish_panel(const Pass& pass, const float* norm, int64_t at, int64_t count);
-  void score_finely(const float* norm, int64_t at, int64_t count);
+  void sweep_panel(const Pass& pass, const float* norm, int64_t count);
+  void finish_panel(const Pass& pass, const float* norm, int64_t count, int64_t at);
+  void score_finely(const float* norm, int64_t count);
   void choose_mode(int64_t count);
 
   const PackedCodebook& codebook_;
   const IntegerCodebook& integers_;
   const IntegerKernels& kernels_;
-  const int64_t lanes_, plain_words_;  // rows of a panel; words between the plain rows of one
+  const int64_t lanes_, plain_words_;  // rows of a panel; words between its plain rows
   Mode mode_;
-  int64_t rows_seen_ = 0, picked_ = 0, open_ = 0;  // in this mode: rows, candidate tiles, rows left open
-  std::vector<int32_t> fine_, coarse_, best_, lowest_, number_, value_;
-  std::vector<int32_t> plain_;  // fine rows of one panel, as `score` reads them
+  int64_t rows_seen_ = 0, picked_ = 0, unsettled_ = 0;  // in this mode: rows, candidate tiles, rows without one survivor
+  // Of one panel: its rounded rows, in words and plain; the lowest score of each tile; what was found.
+  std::vector<int32_t> fine_, coarse_, plain_, lowest_, number_, value_;
   std::vector<float> residual_, coarse_residual_;
-  std::vector<Candidates> candidates_;  // of the rows of one panel
-  std::vector<int32_t> begin_, codes_, scores_;  // of one panel: each row's candidate codes, and their fine scores
+  int32_t best_[kMostLanes], limit_[kMostLanes];
+  std::vector<Candidates> candidates_;
+  std::vector<int32_t> begin_, codes_, scores_;  // each row's candidate codes, and their fine scores
+  // Of the chunk.
   std::vector<int32_t> survivors_;
   std::vector<Row> rows_;
 };

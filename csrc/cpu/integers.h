@@ -17,9 +17,13 @@ struct IntegerTiles {
 
 // The constants of T, for one filter; see codebook16.h.
 struct Certificate {
-  double scale;      // S, of the centred and scaled rows
+  float row_scale;   // S, of the centred and scaled rows
+  float code_scale;  // R, of the codes
+  bool triangle;     // S = R, and the metric is a distance
   double residual;   // Delta
+  double code_norm;  // E
   double middle;     // c
+  double bias;       // how far the biases may be off, at least 1
   double roundings;  // (D + 8) u, u = 2^-24
   double contract;   // (D + 8) 2^-52
 };

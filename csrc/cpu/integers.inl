@@ -185,16 +185,20 @@ void round_panel(const float* panel, float fine_scale, float coarse_scale, int64
 
 void limits(const Certificate& c, const int32_t* best, const float* norm, const float* residual, int32_t* limit) {
   constexpr double kLargest = 2147483647.0;
+  const double slack = 1.0 + 4.0 * c.roundings, ratio = __builtin_sqrt(double(c.code_scale) / double(c.row_scale));
   for (int r = 0; r < kRows; ++r) {
-    const double slack = 1.0 + 4.0 * c.roundings;
-    const double length = double(norm[r]) * c.scale * slack;
-    const double rounding = double(residual[r]) * slack;
-    const double w = rounding + c.residual + 4.0 * 0x1p-24 * length;
-    const double q = length + rounding;  // |q| <= |A| + |A - q|
-    const double square = 2.0 * (double(best[r]) + c.middle) + 1.0 + q * q;
-    const double nearest = __builtin_sqrt(square > 0.0 ? square : 0.0);
-    const double wide = w + c.contract * (nearest + w);
-    const double t = double(best[r]) + 2.0 + 2.0 * wide * (nearest + wide) * (1.0 + 1e-9);
+    const double length = double(norm[r]) * double(c.row_scale) * slack;  // |A|
+    const double rho = double(residual[r]) * slack + 4.0 * 0x1p-24 * length, q = length + rho;
+    double window;
+    if (c.triangle) {
+      const double square = 2.0 * (double(best[r]) + c.middle) + 1.0 + q * q, w = rho + c.residual;
+      const double nearest = __builtin_sqrt(square > 0.0 ? square : 0.0), wide = w + c.contract * (nearest + w);
+      window = wide * (nearest + wide);
+    } else {
+      const double sum = length * ratio + c.code_norm / ratio;
+      window = rho * c.code_norm + q * c.residual + c.bias + c.contract * sum * sum;
+    }
+    const double t = double(best[r]) + 2.0 + 2.0 * window * (1.0 + 1e-9);
     limit[r] = int32_t(t < kLargest ? t : kLargest);  // a NaN fails the comparison
   }
 }

@@ -161,9 +161,17 @@ int64_t NearestSearch::contract_winner(int64_t offset, const int32_t* survivors,
     const int32_t slot = integers_.slot(survivors[i]);
     codebook_.widen_code(slot, wide_code_.data());
     double score = 0.0;
-    for (int64_t d = 0; d < rows_.channels; ++d) {
-      const double difference = wide_row_[d] - wide_code_[d];
-      score += difference * difference;
+    if (codebook_.metric == Metric::euclidean) {
+      for (int64_t d = 0; d < rows_.channels; ++d) {
+        const double difference = wide_row_[d] - wide_code_[d];
+        score += difference * difference;
+      }
+    } else {
+      for (int64_t d = 0; d < rows_.channels; ++d) score -= wide_row_[d] * wide_code_[d];
+    }
+    if (codebook_.metric == Metric::cosine) {
+      const double norm = codebook_.contract_norm(wide_code_.data());
+      score = norm > 0.0 ? score / norm : 0.0;
     }
     if (score < lowest) lowest = score, index = codebook_.index(slot);
   }

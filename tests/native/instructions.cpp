@@ -59,6 +59,7 @@ void inner_kernels(Random& random, const Sweep& sweep, int64_t channels) {
   Floats panel = random.normals(rows * channels), norm(rows), best(rows, 1e30f), second(rows, 1e30f);
   Words slot(rows, 0);
   const double elements = double(rows * channels), products = elements * double(size);
+  packed.tiles();  // packs them: what is counted below is the sweep alone
   count("prepare" + tail, elements, [&] { sweep.prepare(panel.data(), centre.data(), 1.0f, channels, norm.data()); });
   count("sweep" + tail, products, [&] {
     sweep.sweep(panel.data(), norm.data(), packed.tiles(), 0, packed.tile_count(), best.data(), second.data(),
@@ -70,19 +71,25 @@ void inner_kernels(Random& random, const Sweep& sweep, int64_t channels) {
         [&] { sweep.sift(panel.data(), norm.data(), packed.tiles(), size, limit.data(), slots.data()); });
   std::vector<double> wide(rows * channels, 0.5), code(channels, 0.25), score(rows);
   count("contract" + tail, elements, [&] { sweep.contract(wide.data(), code.data(), channels, true, score.data()); });
-  if (sweep.sweep16 == nullptr || channels < 16) return;
-  const IntegerCodebook integers(packed, 2.0 * sqrt(double(channels)));
-  const int64_t pairs = integers.pairs();
-  Words words(pairs * rows), best16(rows, INT32_MAX), second16(rows, INT32_MAX);
-  Floats residual(rows), largest(rows);
-  std::vector<uint32_t> square(rows);
-  count("quantize" + tail, elements, [&] {
-    sweep.quantize(panel.data(), integers.scale(), channels, words.data(), residual.data(), square.data(),
-                   largest.data());
+  if (sweep.integers == nullptr) return;
+  const IntegerKernels& kernels = *sweep.integers;
+  const IntegerCodebook integers(packed, 2.0 * sqrt(double(channels)), serially);
+  const IntegerTiles tiles = integers.fine_tiles();
+  Words words(2 * integers.quads() * rows), best16(rows, INT32_MAX), lowest(integers.tile_count() * rows);
+  Words limits(rows), number(lowest.size() + rows), value(number);
+  Floats residual(rows), coarse_residual(rows);
+  count("round" + tail, elements, [&] {
+    kernels.round(panel.data(), integers.fine().row_scale, 1.0f, channels, words.data(), nullptr, residual.data(),
+                  coarse_residual.data());
   });
-  count("sweep16" + tail, products, [&] {
-    sweep.sweep16(words.data(), integers.tiles(), 0, packed.tile_count(), best16.data(), second16.data(), slot.data());
-  });
+  count("sweep int16" + tail, products,
+        [&] { kernels.sweep_fine(words.data(), tiles, 0, integers.tile_count(), lowest.data(), best16.data()); });
+  count("limits" + tail, double(rows),
+        [&] { kernels.limits(integers.fine(), best16.data(), norm.data(), residual.data(), limits.data()); });
+  count("scan" + tail, double(rows * size),
+        [&] { kernels.scan(lowest.data(), integers.tile_count(), limits.data(), number.data(), value.data()); });
+  count("pick" + tail, double(sweep.codes_per_tile * channels),
+        [&] { kernels.pick_fine(words.data(), tiles, 3, INT32_MAX, number.data()); });
 }
 
 template <class T> std::vector<T> narrowed(const Floats& x) {
@@ -159,14 +166,12 @@ void kernels(const std::vector<const Sweep*>& sweeps) {
   const int64_t k = 512, d = 64;
   const Floats codes = random.normals(k * d);
   const Sweep& sweep = *sweeps.back();
-  const auto pack = [&] {
-    return PackedCodebook({codes.data(), DType::f32, k, d}, DType::f32, Metric::euclidean, true, sweep);
-  };
-  count("pack float32", double(k * d), [&] { pack(); });
-  if (sweep.sweep16 != nullptr) {
-    const PackedCodebook packed = pack();
-    count("pack int16", double(k * d), [&] { IntegerCodebook(packed, 16.0); });
-  }
+  const Codes view{codes.data(), DType::f32, k, d};
+  count("measure codebook", double(k * d), [&] { PackedCodebook(view, DType::f32, Metric::euclidean, true, sweep); });
+  const PackedCodebook packed(view, DType::f32, Metric::euclidean, true, sweep);
+  count("pack float32 tiles", double(k * d), [&] { packed.tiles(); });
+  if (sweep.integers != nullptr)
+    count("pack int16", double(k * d), [&] { IntegerCodebook(packed, 16.0, serially); });
   fused_tail(random);
 }
 
