@@ -114,7 +114,8 @@ def test_the_command_notes_a_proof_and_only_a_proof(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gpu, "visible", lambda: [one])
     monkeypatch.setattr(gpu, "triton_version", lambda: "3.6")
-    monkeypatch.setattr(gpu, "_state", ("", ""))
+    monkeypatch.setattr(gpu, "_states", {0: ("", "")})
+    monkeypatch.setattr(gpu, "_current", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "verify", lambda backend, device, workers: verify("eager", CPU, every=50))
     with monkeypatch.context() as fault:
