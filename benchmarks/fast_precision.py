@@ -94,7 +94,7 @@ def _unit(largest: Tensor) -> Tensor:
 def candidate_pass(z: Tensor, codebook: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """What the candidate pass of the Triton backend would choose: indices (N,)."""
     config = configs.SearchConfig(32, 64, 16, 4, 1, False)
-    codes = nearest.pack_codes(codebook[None], "euclidean", config, centred=nearest._centred(z, codebook, "euclidean"))
+    codes = nearest.pack_codes(z[None, None], None, codebook[None], "euclidean", config, certified=False)
     with unittest.mock.patch.object(configs, "PACK_ROWS", 1024):  # rows are packed each by itself: only faster here
         rows = nearest.pack_rows(z[None, None], None, codes, config)
     p, half = codes.packed[: len(codebook)], codes.half_norms[: len(codebook)]

@@ -33,6 +33,22 @@ def _pairs(g, period):
     return e[torch.randint(0, len(e), (60,), generator=g)] + 0.1 * _normal(g, 60, 16), e
 
 
+def _one_huge_code(g, length=1e4):
+    """One code sets the scale of all; some rows are near it, and only some rows are sampled."""
+    z, e = _normal(g, 200, 16), _normal(g, 70, 16)
+    e[50] *= length
+    z[2], z[3], z[4] = e[50] * 0.999, e[50] * 0.5, e[50] * 0.49
+    return z, e
+
+
+def _long_codes(g):
+    """Codes of lengths on both sides of what is left out of the pack, and rows among the longer ones."""
+    z, e = _normal(g, 90, 12), _normal(g, 140, 12)
+    e[::2] *= torch.exp2(torch.linspace(0, 8, 70))[:, None]
+    z[::9] *= torch.exp2(torch.linspace(0, 7, 10))[:, None]
+    return z, e
+
+
 def _halfway(g):
     e = _normal(g, 70, 8)
     pairs = torch.randint(0, 70, (2, 50), generator=g)
@@ -62,6 +78,14 @@ CASES = {
         torch.randint(-1, 2, (90, 3), generator=g).float(),
     ),
     "duplicates": lambda g: (_normal(g, 40, 8), _normal(g, 30, 8).repeat(3, 1)),
+    "half repeated, dead codes": lambda g: (
+        _normal(g, 90, 8),
+        torch.cat([_normal(g, 40, 8).repeat(2, 1), torch.zeros(20, 8), -torch.zeros(20, 8)]),
+    ),
+    "one huge code": _one_huge_code,
+    "one code 50 times as long": lambda g: _one_huge_code(g, 50.0),
+    "long codes": _long_codes,
+    "only long codes": lambda g: (_normal(g, 40, 8), _normal(g, 70, 8) * 300),
     "collapsed": lambda g: (_normal(g, 40, 8), _normal(g, 1, 8).expand(70, 8)),
     "nearly collapsed": lambda g: (_normal(g, 40, 8), _normal(g, 1, 8) + 1e-6 * _normal(g, 70, 8)),
     "same value": _same_value,

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from vqkernels.backends.triton import configs, nearest
 from vqkernels.backends.triton.margin import threshold
+from vqkernels.backends.triton.rows import code_units
 
 
 @triton.jit
@@ -26,14 +27,22 @@ def threshold_kernel(best, norm, error, out, radius, spread, PADDED: tl.constexp
     tl.store(out + i, limit)
 
 
+@triton.jit
+def units_kernel(state, out):
+    exponent, cut = code_units(state)
+    tl.store(out, exponent)
+    tl.store(out + 1, cut.to(tl.int32))
+
+
 class Operands:
     """One problem after packing, in float64 numpy: rows q and codes p with everything the certificate is told."""
 
     def __init__(self, z, codebook, metric, device):
         self.device, self.metric, self.dim = device, metric, z.shape[1]
         config = configs.SearchConfig(32, 64, 16, 4, 1, False)
-        centred = nearest._centred(z, codebook, metric)
-        codes = nearest.pack_codes(codebook.to(device)[None], metric, config, centred=centred)
+        codes = nearest.pack_codes(
+            z.to(device)[None, None], None, codebook.to(device)[None], metric, config, certified=True
+        )
         rows = nearest.pack_rows(z.to(device)[None, None], None, codes, config)
         self.p = codes.packed[: len(codebook)].double().cpu().numpy()
         self.half = codes.half_norms[: len(codebook)].double().cpu().numpy()
@@ -42,7 +51,9 @@ class Operands:
             x[: len(z)].double().cpu().numpy() for x in (rows.beta, rows.norm, rows.error)
         )
         state = codes.state[0].cpu()
-        self.exponent = int(state[0])
+        units = torch.empty(2, dtype=torch.int32, device=device)
+        units_kernel[(1,)](codes.state, units)
+        self.exponent, self.cut = int(units[0]), bool(units[1])
         self.radius, self.spread = (float(x) for x in state[1:3].view(torch.float32))
         self.centre = codes.centre[0, : self.dim].double().cpu().numpy()
 
@@ -132,8 +143,15 @@ def test_the_measured_bounds_hold(name, device):
     assert (np.linalg.norm(image, axis=1) <= operands.norm)[fits].all()
     assert (np.linalg.norm(image - x, axis=1) <= operands.error)[fits].all()
     assert (np.linalg.norm(operands.p, axis=1) <= operands.radius).all()
+    length = np.linalg.norm(y, axis=1)
+    left_out = operands.cut & (length >= 2.0**11) & np.isfinite(operands.half)
+    packed = ~left_out & np.isfinite(operands.half)
     if np.isfinite(operands.radius):
-        assert (np.linalg.norm(operands.p[:, : operands.dim] - y, axis=1) <= operands.spread).all()
+        assert (np.linalg.norm(operands.p[:, : operands.dim] - y, axis=1) <= operands.spread)[packed].all()
+    for vectors in (x[fits], image[fits]):  # what stands for a code that was left out is a lower bound of its score
+        true = 0.5 * length**2 - vectors @ y.T
+        assert (operands.half <= true)[:, left_out].all()
+    assert (operands.p[left_out] == 0).all()
 
 
 def test_the_attack_has_teeth(device):

@@ -79,14 +79,51 @@ def test_the_filter_decides_ordinary_rows(device):
 
 
 def test_exact_ties_are_left_to_float64(device):
-    z, codebook = hostile.make("collapsed")
-    indices, decided = search(z, codebook, device)
+    g = torch.Generator().manual_seed(3)
+    half = torch.randn(35, 8, generator=g)
+    indices, decided = search(torch.zeros(20, 8), torch.cat([half, -half]), device)
     assert decided == 0
-    assert (indices == 0).all()
+    assert (indices == half.double().square().sum(1).argmin()).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", ["collapsed", "duplicates", "half repeated, dead codes", "same value", "one code"])
+def test_repeated_codes_do_not_compete(name, metric, device):
+    z, codebook = hostile.make(name)
+    indices, decided = search(z, codebook, device, metric=metric)
+    assert torch.equal(indices, reference.nearest(z, codebook, metric=metric))
+    assert decided >= 0.9 * len(z)
+
+
+def test_repetitions_that_the_hash_table_loses_are_only_slow(device, monkeypatch):
+    z, codebook = hostile.make("duplicates")
+    monkeypatch.setattr(triton_nearest, "HASH_SLOTS", 0)  # two slots
+    indices, decided = search(z, codebook, device)
+    assert torch.equal(indices, reference.nearest(z, codebook))
+    assert decided < 0.5 * len(z)
+
+
+@pytest.mark.parametrize("name", ["one huge code", "one code 50 times as long", "one huge coordinate"])
+def test_a_huge_code_spoils_no_row_but_those_near_it(name, device):
+    z, codebook = hostile.make(name)
+    indices, decided = search(z, codebook, device)
+    assert torch.equal(indices, reference.nearest(z, codebook))
+    assert decided >= 0.9 * len(z)
+
+
+def test_a_long_row_that_is_masked_is_not_sampled(device):
+    z, codebook = hostile.make("one huge code")
+    mask = torch.ones(len(z), dtype=torch.bool)
+    z[2:5], mask[2:5] = 1.0, False
+    decided = search(z, codebook, device, mask=mask)[1]
+    z[2:5] = torch.tensor([1e30, float("nan"), float("inf")])[:, None]
+    indices, again = search(z, codebook, device, mask=mask)
+    assert again == decided >= 0.9 * int(mask.sum())
+    assert torch.equal(indices, reference.nearest(z, codebook, mask=mask))
 
 
 def test_few_candidates_take_the_sparse_path_and_agree(device, monkeypatch):
-    z, codebook = hostile.make("duplicates")
+    z, codebook = hostile.make("near ties")
     expected = reference.nearest(z, codebook)
     for few in (0, 64):
         monkeypatch.setattr(triton_nearest.configs, "RESCORE_FEW", few)
@@ -162,7 +199,9 @@ def test_the_shapes_of_the_chips_in_the_interpreter(name, capability, device, mo
     assert torch.equal(search(z, codebook, device, precision="fast")[0], reference.nearest(z, codebook))
 
 
-@pytest.mark.parametrize("name", ["non-finite", "integer lattice", *hostile.slow(["gaussian", "257 dimensions"])])
+@pytest.mark.parametrize(
+    "name", ["non-finite", "one huge code", "integer lattice", *hostile.slow(["gaussian", "257 dimensions"])]
+)
 def test_fast_is_the_nearest_code_of_the_rounded_operands(name, device):
     z, codebook = hostile.make(name)
     indices, _ = search(z, codebook, device, precision="fast")

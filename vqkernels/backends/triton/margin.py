@@ -21,6 +21,10 @@ relative (D+2)·2^-53. Write far = ‖X - Y_b‖ <= sqrt(norm² + 2(best + eta))
 Both hold; the smaller is taken. The first is better when a row is near its code, the second when all codes are far.
 With v_j <= u_j + eta and u_b <= best + eta, every code that the contract could choose has
     v_j <= best + 2·eta + min(2w(far + w), 2a) + (D+8)·2^-52·(far + w)².
+A code that was left out of the pack (pack.py) has no image; its v_j is below ½‖y_j‖² - X·y_j and ½‖y_j‖² - x·y_j. It
+is never at `best`. If the contract prefers it, ‖x - y_j‖ <= far + w up to the term (D+8)·2^-52, so
+‖X - y_j‖ <= far + 2w and ½‖y_j‖² - X·y_j <= u_b + 2w·far + 2w², and also
+½‖y_j‖² - x·y_j <= ½‖y_b‖² - x·y_b <= u_b + a: the same threshold holds.
 The products are widened by 1 % against their own rounding. For the dot product and cosine the first form does not
 apply, a := error·(radius + spread) + norm·spread, and the float64 sum, which is within (D+4)·2^-53·‖x‖‖y‖, is inside
 eta and a.

@@ -32,12 +32,13 @@ from vqkernels.backends.triton.launch import (
 from vqkernels.backends.triton.pack import centre_kernel, extent_kernel, pack_codes_kernel
 from vqkernels.backends.triton.rescore import rescore_kernel
 from vqkernels.backends.triton.resolve import merge_kernel, resolve_kernel
-from vqkernels.backends.triton.rows import pack_rows_kernel
+from vqkernels.backends.triton.rows import STATE, pack_rows_kernel
 from vqkernels.backends.triton.search import search_kernel
 from vqkernels.backends.triton.views import bytes_of, mask_strides, wide
 
 CENTRE_SAMPLE = 512
 MOST_SPLITS = 64
+HASH_SLOTS = 16  # at least, per code
 
 
 @dataclass
@@ -47,7 +48,7 @@ class PackedCodes:
     packed: torch.Tensor  # (H·K', D') fp16
     half_norms: torch.Tensor  # (H·K',) fp32
     centre: torch.Tensor  # (H, D') fp32
-    state: torch.Tensor  # (H, 4) int32
+    state: torch.Tensor  # (H, STATE) int32
     padded_codes: int
 
 
@@ -81,7 +82,7 @@ def nearest(
         with on_device(z):
             epilogue = "index" if precision == "fast" else "group"
             config = configs.search_config(capability(z.device), configs.padded_dim(dim), rows)
-            codes = pack_codes(codebook, metric, config, centred=_centred(z, codebook, metric))
+            codes = pack_codes(z, mask, codebook, metric, config, certified=precision == "exact")
             packed = pack_rows(z, mask, codes, config)
             best, second, winner, splits = search(packed, codes, config, rows, heads, epilogue)
             if precision == "fast":
@@ -96,8 +97,16 @@ def nearest(
     return indices, counters[0]
 
 
-def pack_codes(codebook: torch.Tensor, metric: str, config: configs.SearchConfig, *, centred: bool) -> PackedCodes:
-    """Round a codebook (H, K, D) to fp16 operands."""
+def pack_codes(
+    z: torch.Tensor,
+    mask: torch.Tensor | None,
+    codebook: torch.Tensor,
+    metric: str,
+    config: configs.SearchConfig,
+    *,
+    certified: bool,
+) -> PackedCodes:
+    """Round a codebook (H, K, D) to fp16 operands, for the sake of rows z (B, H, P, D), of which some are looked at."""
     heads, codes, dim = codebook.shape
     padded = configs.padded_dim(dim)
     block = max(config.block_codes, configs.RESCORE_CODES, configs.PACK_CODES)
@@ -107,22 +116,27 @@ def pack_codes(codebook: torch.Tensor, metric: str, config: configs.SearchConfig
         packed=torch.empty(heads * padded_codes, padded, dtype=torch.float16, device=device),
         half_norms=torch.empty(heads * padded_codes, dtype=torch.float32, device=device),
         centre=torch.empty(heads, padded, dtype=torch.float32, device=device),
-        state=torch.empty(heads, 4, dtype=torch.int32, device=device),
+        state=torch.empty(heads, STATE.value, dtype=torch.int32, device=device),
         padded_codes=padded_codes,
     )
+    slots = 1 << (HASH_SLOTS * codes - 1).bit_length()
+    table = torch.full((heads, slots), 2**31 - 1, dtype=torch.int32, device=device)
     strides = codebook.stride()
     slab = min(padded, 32)
     centre_kernel[(triton.cdiv(padded, 16), heads)](
         codebook, result.centre, result.state, codes, *strides,
-        DIM=dim, PADDED=padded, BD=16, SAMPLE=CENTRE_SAMPLE, CENTRED=centred, METRIC=metric, **FUSED_ROUNDING,
+        DIM=dim, PADDED=padded, BD=16, SAMPLE=CENTRE_SAMPLE, CENTRED=_centred(z, codebook, metric), METRIC=metric,
+        **registers(True), **FUSED_ROUNDING,
     )  # fmt: skip
-    if metric != "cosine":
-        extent_kernel[(triton.cdiv(codes, configs.PACK_CODES), heads)](
-            codebook, result.centre, result.state, codes, *strides,
-            DIM=dim, PADDED=padded, BK=configs.PACK_CODES, BD=slab, **FUSED_ROUNDING,
-        )  # fmt: skip
+    extent_kernel[(triton.cdiv(codes, configs.PACK_CODES), heads)](
+        z, codebook, result.centre, bytes_of(mask), result.state, table, codes, slots, *strides,
+        z.shape[0] * z.shape[2], z.shape[2], *z.stride(), *mask_strides(mask),
+        DIM=dim, PADDED=padded, BK=configs.PACK_CODES, BD=slab, METRIC=metric, MASKED=mask is not None,
+        SAMPLED=certified and metric == "euclidean", **registers(True), **FUSED_ROUNDING,
+    )  # fmt: skip
     pack_codes_kernel[(padded_codes // configs.PACK_CODES, heads)](
-        codebook, result.centre, result.state, result.packed, result.half_norms, codes, padded_codes, *strides,
+        codebook, result.centre, result.state, table, result.packed, result.half_norms, codes, padded_codes, slots,
+        *strides,
         DIM=dim, PADDED=padded, BK=configs.PACK_CODES, BD=slab, METRIC=metric, **registers(True), **FUSED_ROUNDING,
     )  # fmt: skip
     return result

@@ -3,10 +3,10 @@
 Fused: ordered merge of (best, second, group), threshold, fp32 re-check of the eight codes of the winning group,
 compaction of the undecided rows. Traffic per row: 12 bytes per split, one packed row, eight packed codes (from cache).
 
-A row is decided when no other group reaches the threshold and exactly one code of the winning group does: then that
-code is the contract's choice. The eight scores are summed in fp32 in another order than the tensor core's; the
-certificate allows any order (margin.py). Undecided rows go to a list per head. Its order depends on timing, the result
-does not: each row is rescored on its own.
+A row is decided when no other group reaches the threshold (or holds any code that may be chosen) and exactly one code
+of the winning group does: then that code is the contract's choice. The eight scores are summed in fp32 in another order
+than the tensor core's; the certificate allows any order (margin.py). Undecided rows go to a list per head. Its order
+depends on timing, the result does not: each row is rescored on its own.
 Codes settled without any scores: a masked row (norm < 0) gets -1, a poisoned row (norm NaN) and a row for which every
 code is non-finite (best = inf) get 0.
 """
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from vqkernels.backends.triton.margin import threshold
+from vqkernels.backends.triton.rows import STATE
 
 
 @triton.jit
@@ -44,8 +45,8 @@ def resolve_kernel(
 
     norm = tl.load(norm_in + at, mask=inside, other=-1.0)
     error = tl.load(error_in + at, mask=inside, other=0.0)
-    radius = tl.load(state + head * 4 + 1).to(tl.float32, bitcast=True)
-    spread = tl.load(state + head * 4 + 2).to(tl.float32, bitcast=True)
+    radius = tl.load(state + head * STATE + 1).to(tl.float32, bitcast=True)
+    spread = tl.load(state + head * STATE + 2).to(tl.float32, bitcast=True)
     limit = threshold(best, norm, error, radius, spread, PADDED, METRIC)
 
     member = tl.arange(0, 8)  # member 2j + e of group (block of 32, lane) is code 32·block + 8j + 2·lane + e
@@ -63,7 +64,7 @@ def resolve_kernel(
     possible = (half < float("inf")) & ((score > limit[:, None]) == 0)
     survivors = tl.sum(possible.to(tl.int32), axis=1)
     index = tl.min(tl.where(possible, code, 0x7FFFFFFF), axis=1)
-    proved = (second > limit) & (survivors == 1)
+    proved = ((second > limit) | (second == float("inf"))) & (survivors == 1)
 
     masked = norm < 0.0
     settled = (norm != norm) | (best == float("inf"))

@@ -11,11 +11,13 @@ max|q| lies in [2^10, 2^11); then beta = 2^(c - r) takes q back to code units, a
 `error` is measured, not estimated. Its slack covers the fp32 subtraction of the centre (2^-24 of each element), the
 fp32 sum of squares (a relative D'·2^-24) and the approximate square root. norm = NaN marks a row with a NaN or an
 infinity, norm = -1 a masked row (never read), error = inf a row out of the range of fp32 arithmetic: nothing can be
-proved about it, so the float64 kernel decides.
+proved about it, so the float64 kernel decides. So it is with rows of norm + error above 2^9 where codes were left out.
 """
 
 import triton
 import triton.language as tl
+
+STATE = tl.constexpr(8)  # int32 numbers per head, see pack.py
 
 
 @triton.jit
@@ -66,6 +68,19 @@ def power_of_two(exponent, WIDE: tl.constexpr):
 
 
 @triton.jit
+def code_units(state):
+    """(exponent of the largest packed element, whether codes are left out): code units are 2^(10 - exponent).
+
+    Codes of norm 2^11 code units and more are left out where some are that much longer than most rows and another is
+    not (pack.py).
+    """
+    largest = tl.load(state)
+    sampled = tl.load(state + 3)  # most sampled rows have a norm below 2^(sampled + 1)
+    cut = (largest >= sampled + 4) & (tl.load(state + 4) <= sampled + 1) & (sampled > -100) & (sampled < 100)
+    return tl.where(cut, sampled + 3, largest), cut
+
+
+@triton.jit
 def pack_rows_kernel(
     z, centre, state, mask, packed, beta_out, norm_out, error_out,
     rows, padded_rows, positions, stride_b, stride_h, stride_p, stride_d, mask_b, mask_h, mask_p,
@@ -95,7 +110,8 @@ def pack_rows_kernel(
     # 2^(10 - r): at least -116, so that the scale stays a normal fp32 number; smaller rows just use fewer bits
     exponent = tl.minimum(tl.maximum(exponent, -116), 120)
     scale = power_of_two(10 - exponent, WIDE)
-    code_exponent = tl.minimum(10 - tl.load(state + head * 4), 126)  # c
+    code_exponent, cut = code_units(state + head * STATE)
+    code_exponent = tl.minimum(10 - code_exponent, 126)  # c
     shift = code_exponent + exponent - 10
     fits = fits & (shift < 40)
     # below 2^-126 the row is nothing beside the codes; the flat 2^-40 of the certificate covers the difference
@@ -120,6 +136,8 @@ def pack_rows_kernel(
     error = tl.sqrt(residual) * slack + norm * 2.0**-22 + 2.0**-40
     norm = norm * beta
     error = tl.where(fits, error * beta, float("inf"))
+    # a row this long may be near a code that was left out
+    error = tl.where(cut & (norm + error > 512.0), float("inf"), error)
     norm = tl.where(poisoned > 0, float("nan"), norm)
     norm = tl.where(live, norm, -1.0)
     at = head.to(tl.int64) * padded_rows + row
