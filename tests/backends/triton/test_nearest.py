@@ -1,5 +1,7 @@
 """The Triton search against the contract: every index, on inputs chosen to break it."""
 
+import itertools
+
 import pytest
 import torch
 from backends.triton import hostile
@@ -111,15 +113,24 @@ def test_a_huge_code_spoils_no_row_but_those_near_it(name, device):
     assert decided >= 0.9 * len(z)
 
 
-def test_a_long_row_that_is_masked_is_not_sampled(device):
+def test_masked_rows_are_not_sampled(device):
+    """Every second row is masked: if it were read, the huge code would set the scale of the others again."""
     z, codebook = hostile.make("one huge code")
-    mask = torch.ones(len(z), dtype=torch.bool)
-    z[2:5], mask[2:5] = 1.0, False
-    decided = search(z, codebook, device, mask=mask)[1]
-    z[2:5] = torch.tensor([1e30, float("nan"), float("inf")])[:, None]
-    indices, again = search(z, codebook, device, mask=mask)
-    assert again == decided >= 0.9 * int(mask.sum())
+    mask = torch.arange(len(z)) % 2 == 1
+    z[~mask] = 1e30
+    indices, decided = search(z, codebook, device, mask=mask)
     assert torch.equal(indices, reference.nearest(z, codebook, mask=mask))
+    assert decided >= 0.9 * int(mask.sum())
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_the_lowest_of_64_equally_near_codes(precision, device):
+    """The corners of a cube: exact in any arithmetic, distinct, and half of them tie for every row on an axis."""
+    corners = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=7))).to(torch.bfloat16)
+    codebook = corners[torch.randperm(128, generator=torch.Generator().manual_seed(4))]
+    z = torch.cat([torch.eye(7), -torch.eye(7), torch.zeros(1, 7)]).to(torch.bfloat16)
+    indices, _ = search(z, codebook, device, precision=precision)
+    assert torch.equal(indices, reference.nearest(z, codebook))
 
 
 def test_few_candidates_take_the_sparse_path_and_agree(device, monkeypatch):
@@ -183,6 +194,16 @@ def test_splitting_the_codes_changes_nothing(device, monkeypatch):
         assert torch.equal(search(z, codebook, device)[0], expected)
         fast = search(z, codebook, device, precision="fast")[0]
         assert torch.equal(fast, expected), "small integers are exact, so fast must keep the lowest index too"
+
+
+@pytest.mark.parametrize("name", ["pairs one tile apart", "pairs three tiles apart", "near ties"])
+def test_a_near_tie_between_two_splits_is_not_decided_by_one(name, device, monkeypatch):
+    """Every tile its own split, and the pass orders each pair at random: the loser of the merge must still count."""
+    monkeypatch.setattr(triton_nearest, "multiprocessors", lambda _: 64)
+    z, codebook = hostile.make(name)
+    indices, decided = search(z, codebook, device)
+    assert torch.equal(indices, reference.nearest(z, codebook))
+    assert decided < 0.5 * len(z)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), *(pytest.param(c, marks=pytest.mark.slow) for c in [(8, 0), (10, 0)])])
