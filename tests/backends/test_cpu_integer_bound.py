@@ -128,3 +128,30 @@ def test_the_certificate_is_tight_and_holds(level, monkeypatch):
     )
     assert threshold - scores[1] < 1.02 * (scores[0] - scores[1]), "and leaves the certificate hardly any room"
     assert vq.nearest_code(z, codebook, backend="cpu").equal(reference.nearest(z, codebook))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_limit_is_the_one_that_was_proved(level, monkeypatch):
+    """T by distances, from the header's formula in float64 on the roundings themselves: no slack may be left out."""
+    monkeypatch.setenv("VQKERNELS_SIMD", level)
+    z, codebook = torch.randn(300, 64), torch.randn(100, 64)
+    out, packed = _C.integer_filter(z.numpy(), codebook.numpy()), _C.filter(z.numpy(), codebook.numpy())
+    centre, inner = np.array(packed["centre"], np.float32), np.float32(packed["scale"])
+    outer = np.float32(out["scale"] / inner)
+
+    def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The integer vectors, how far the float32 values are from them, and 4u times the norms of the real ones."""
+        scaled = ((rows - centre) * inner * outer).astype(np.float32)
+        q = np.rint(scaled).astype(np.float64)
+        real = (rows.astype(np.float64) - centre) * (float(inner) * float(outer))
+        return q, np.linalg.norm(scaled - q, axis=1), 4 * 2.0**-24 * np.linalg.norm(real, axis=1)
+
+    q, row_lost, row_slack = rounded(z.numpy())
+    p, code_lost, code_slack = rounded(codebook.numpy()[out["codes"]])
+    w = row_lost + row_slack + (code_lost + code_slack).max()
+    scores = out["fine"]["scores"]
+    nearest = np.linalg.norm(q - p[scores.argmin(1)], axis=1)
+    window = 1 + 2 * w * (nearest + w)
+    excess = out["fine"]["limits"] - scores.min(1) - window
+    assert (excess > -1).all(), "T lies below the proved one"
+    assert (excess < 2 + 1e-3 * window).all(), "T is looser than it need be"
