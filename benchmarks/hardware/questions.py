@@ -55,7 +55,7 @@ def _candidate_pass(setting: Setting, n: int, k: int, d: int) -> Row:
     differing: dict[str, int | str] = {}
     best: dict[str, Tensor] = {}
     for name, config in tiles.items():
-        packed_codes = pack_codes(codebook, "euclidean", config, centred=True)
+        packed_codes = pack_codes(z, None, codebook, "euclidean", config, certified=True)
         packed_rows = pack_rows(z, None, packed_codes, config)
         for epilogue in ("group", "index"):
             run = partial(search, packed_rows, packed_codes, config, n, 1, epilogue)
