@@ -7,7 +7,7 @@ namespace vqkernels {
 namespace {
 
 constexpr int32_t kHighest = std::numeric_limits<int32_t>::max(), kLowest = std::numeric_limits<int32_t>::min();
-constexpr int64_t kBlockTiles = 8192;  // whose minima are kept at once: a quarter of an L2 or so at most sizes
+constexpr int64_t kBlockTiles = 8192;  // whose minima are kept at once: 1 MB at the widest panel
 constexpr int64_t kCoarseWork = 8192;  // K D from which two steps beat one
 constexpr int64_t kEnoughRows = 64;  // to judge by; a quarter of them left open is enough, too
 

@@ -1,8 +1,8 @@
 // The integer filters over one chunk of rows: int8 sweep where it pays, int16 scores of the few tiles that survive it.
 //
 // Fused: rounding, scores, tile minima, certificate. Never built: scores of a whole row; a sweep writes one minimum per
-// row and tile, of a block of tiles that stays in the first cache levels, and only the tiles within the threshold are
-// scored again, code by code. Why it is right: codebook16.h.
+// row of a panel and tile of codes, at most 1 MB of them, and only the tiles within the threshold are scored again, code
+// by code. Ties: survivors are ascending, and the contract decides between them. Why it is right: codebook16.h.
 #pragma once
 #include <stdint.h>
 

@@ -2,8 +2,8 @@
 //
 // Three filters in a row, each exact about what it decides: int8 and int16 (codebook16.h), float32 (codebook.h), float64
 // (the contract itself, on the codes that could still win). Fused: centring, rounding, distances, minima, certificates,
-// re-scoring. Never built: the N x K matrix; scores live in registers. Traffic: z once, the packed codebook once per kChunk
-// rows, indices once. Ties: lowest index. A row's result depends on that row and the codebook alone, so threads, batch
+// re-scoring. Never built: the N x K matrix; scores live in registers. Traffic: z once; the packed codebook once per panel
+// (integers) or per kChunk rows (float32), from cache; indices once. Ties: lowest index. A row's result depends on that row and the codebook alone, so threads, batch
 // splits and tilings cannot change it.
 #pragma once
 #include <stdint.h>
