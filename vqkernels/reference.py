@@ -148,3 +148,45 @@ def vector_quantize(
         through = rotate(through, row, torch.where(kept, codes.detach(), zero))
     quantized = torch.where(kept, codes.detach(), zero).to(z.dtype) + through.to(z.dtype)
     return quantized, indices, codebook_loss, commitment_loss
+
+
+def residual_vector_quantize(
+    z: Tensor,
+    codebooks: Tensor,
+    *,
+    levels: Tensor | None = None,
+    metric: str = "euclidean",
+    gradient: str = "straight_through",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantized rows, indices `(N, Q)`, codebook losses and commitment losses `(Q,)` of a residual quantizer.
+
+    Zeghidour et al. 2021, "SoundStream", algorithm 1. `codebooks (Q, K, D)`; `levels (N,)` int64, how many of the Q
+    levels each row passes (0: masked). r_0 = z in float32 (float64 where z is), and level q looks for the code e_q
+    nearest to r_q under the contract; r_{q+1} = r_q - e_q, rounded once to r's dtype. Quantized is e_0 + e_1 + ... in
+    that order, each sum rounded to float32 (float64 where the codebooks are). No gradient passes from one level to the next
+    but through z itself: the losses of level q are those of `vector_quantize` at r_q = z - sg[e_0 + ... + e_{q-1}].
+    """
+    number = codebooks.shape[0]
+    passed = torch.full((len(z),), number, device=z.device) if levels is None else levels
+    residual = z.detach().to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    total = torch.zeros_like(z, dtype=torch.float64 if codebooks.dtype == torch.float64 else torch.float32)
+    indices, codebook_losses, commitment_losses = [], [], []
+    for q in range(number):
+        mask = passed > q
+        index = nearest(residual, codebooks[q], mask=mask, metric=metric)
+        codes = codebooks[q][index.clamp_min(0)]
+        kept = mask.unsqueeze(-1)
+        finite = kept & residual.isfinite().all(-1, keepdim=True)
+        carried = residual + torch.where(finite, z - z.detach(), 0.0).to(residual.dtype)
+        elements = max(int(mask.sum()), 1) * z.shape[-1]
+        codebook_losses.append(torch.where(kept, residual - codes, 0.0).square().sum() / elements)
+        commitment_losses.append(torch.where(kept, carried - codes.detach(), 0.0).square().sum() / elements)
+        total = torch.where(kept, codes.detach().to(total.dtype) if q == 0 else total + codes.detach(), total)
+        residual = torch.where(kept, (residual.double() - codes.detach().double()).to(residual.dtype), residual)
+        indices.append(index)
+    finite = z.detach().isfinite().all(-1, keepdim=True)
+    through = torch.where((passed > 0).unsqueeze(-1) & finite, z - z.detach(), 0.0)
+    if gradient == "rotation":
+        through = rotate(through, torch.where(finite, z.detach(), 0.0), total)
+    quantized = total.to(z.dtype) + through.to(z.dtype)
+    return quantized, torch.stack(indices, -1), torch.stack(codebook_losses), torch.stack(commitment_losses)

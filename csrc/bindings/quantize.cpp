@@ -124,12 +124,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lookup_cpu(const Tensor& z_in, const 
   return {quantized, squared_error, out.counts, out.sums};
 }
 
-Gradient gradient_of(const std::string& name) {
-  if (name == "straight_through") return Gradient::straight_through;
-  STD_TORCH_CHECK(name == "rotation", "gradient must be 'straight_through' or 'rotation', got '", name, "'");
-  return Gradient::rotation;
-}
-
 // Gradients of quantized (straight-through or rotated), codebook_loss and commitment_loss, both losses being the mean of (z - e)^2
 // over the elements of the rows with index >= 0. grad_codebook is empty unless `needs_codebook_gradient`.
 std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, const Tensor& grad_codebook_loss,

@@ -42,6 +42,12 @@ inline Metric metric_of(const std::string& name) {
   return Metric::cosine;
 }
 
+inline Gradient gradient_of(const std::string& name) {
+  if (name == "straight_through") return Gradient::straight_through;
+  STD_TORCH_CHECK(name == "rotation", "gradient must be 'straight_through' or 'rotation', got '", name, "'");
+  return Gradient::rotation;
+}
+
 inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // A tensor of rows in canonical form: (head, batch, position, channel) by four strides.
@@ -125,8 +131,6 @@ inline void check_search(const Layout& layout, const Tensor& codebook, const std
   STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->numel() == layout.heads * layout.rows()),
                   "mask must be bool with one element per row");
 }
-
-constexpr int64_t kBlock = 32;  // rows whose squared errors are one partial sum, whatever the chunk and the threads
 
 // Rows per task: large where there is work for every thread, a single block where there is little.
 inline int64_t task_rows(int64_t rows, int64_t chunk) {

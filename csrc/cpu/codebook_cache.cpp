@@ -7,7 +7,7 @@
 namespace vqkernels {
 namespace {
 
-constexpr size_t kMostEntries = 16;
+constexpr size_t kMostEntries = 64;  // a residual stack has one per level
 constexpr int64_t kMostBytes = 64 << 20;  // of codebooks; their packed forms take about three times as much
 
 int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }

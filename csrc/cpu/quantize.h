@@ -9,6 +9,8 @@
 
 namespace vqkernels {
 
+constexpr int64_t kBlock = 32;  // rows whose squared errors are one partial sum, whatever the chunk and the threads
+
 // A tensor of z's dtype and sizes that is written; its rows may be grouped by other strides than z's.
 struct RowsOut {
   void* data;

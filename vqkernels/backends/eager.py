@@ -171,11 +171,11 @@ def statistics(
         finite = flat.isfinite().all(1)
         flat, code = flat[finite], code[finite]
         counts[head] = torch.bincount(code, minlength=codebook_size)
-        sums[head] = _segment_sums(flat.to(torch.float64), code, codebook_size).to(dtype)
+        sums[head] = segment_sums(flat.to(torch.float64), code, codebook_size).to(dtype)
     return counts, sums
 
 
-def _segment_sums(rows: Tensor, code: Tensor, codebook_size: int) -> Tensor:
+def segment_sums(rows: Tensor, code: Tensor, codebook_size: int) -> Tensor:
     """Float64 sums of the rows of each code, in ascending order of rows, whatever the device."""
     order = torch.sort(code, stable=True).indices
     lengths = torch.bincount(code, minlength=codebook_size)
@@ -260,7 +260,7 @@ def quantize_backward(
         if codebook_gradient:
             counted = (kept & finite).reshape(-1)
             used_code = code.reshape(-1)[counted]
-            sums = _segment_sums(-residual.reshape(-1, rows.shape[3])[counted], used_code, codes.shape[1])
+            sums = segment_sums(-residual.reshape(-1, rows.shape[3])[counted], used_code, codes.shape[1])
             used = torch.bincount(used_code, minlength=codes.shape[1]) > 0
             grad_codes[head] = torch.where(used[:, None], loss * sums, 0.0).to(codebook.dtype)
     grad_codebook = grad_codes.view(codebook.shape) if codebook_gradient else codebook.new_empty(0)

@@ -1,8 +1,18 @@
 """Layers that a model swaps in."""
 
 from . import export
+from .grouped import GroupedResidualVectorQuantizer
 from .orthogonal import OrthogonalRegularization, orthogonal_loss
+from .residual import ResidualVectorQuantizer
 from .simvq import SimVQ
 from .vector_quantizer import VectorQuantizer
 
-__all__ = ["OrthogonalRegularization", "SimVQ", "VectorQuantizer", "export", "orthogonal_loss"]
+__all__ = [
+    "GroupedResidualVectorQuantizer",
+    "OrthogonalRegularization",
+    "ResidualVectorQuantizer",
+    "SimVQ",
+    "VectorQuantizer",
+    "export",
+    "orthogonal_loss",
+]

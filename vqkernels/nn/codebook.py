@@ -1,5 +1,6 @@
 """The state of a codebook and how it learns: initialisation, moving averages, revival, checkpoints."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.quantize import Quantization
 from . import metrics
 from .draws import count_rows
 from .ema import ema_update_
@@ -63,8 +63,12 @@ class TrainedCodebook(nn.Module):
         revive_threshold: float,
         seed: int,
         sampled: bool,
+        axes: tuple[str, ...] = ("heads", "codebook_size", "channels per code"),
+        candidates: int | None = None,
     ) -> None:
+        """`axes` names those of `shape`, from its end; `candidates`: heads of the rows that revival draws from."""
         super().__init__()
+        self._axes = axes[-len(shape) :]
         self.ema_decay, self.init, self.revive, self.revive_threshold = ema_decay, init, revive, revive_threshold
         self.seed = seed
         self._manual, self._cosine = manual, cosine
@@ -89,7 +93,7 @@ class TrainedCodebook(nn.Module):
             self.register_buffer("pending_counts", torch.zeros(shape[:-1], dtype=torch.int64), persistent=False)
             self.register_buffer("pending_sums", torch.zeros(shape), persistent=False)
             if revive != "off":
-                drawn = (shape[0] if len(shape) == 3 else 1, candidate_count(shape[-2]))
+                drawn = (candidates or math.prod(shape[:-2]), candidate_count(shape[-2]))
                 self.register_buffer("pending_rows", torch.zeros(*drawn, shape[-1]), persistent=False)
                 self.register_buffer("pending_usable", torch.zeros(drawn, dtype=torch.bool), persistent=False)
 
@@ -117,18 +121,25 @@ class TrainedCodebook(nn.Module):
                     RuntimeWarning,
                     stacklevel=3,
                 )
-        self.codebook.copy_(initial_codes(rows, size, metric, self.seed, backend))
+        self.codebook.copy_(self._initial_codes(rows, metric, backend))
         self.initialised.fill_(True)
         self._initialised = True
 
+    def _initial_codes(self, rows: Rows, metric: str, backend: str) -> Tensor:
+        """All codes from the rows of the first batch."""
+        return initial_codes(rows, self.codebook.shape[-2], metric, self.seed, backend)
+
+    def _spread(self, candidates: Candidates) -> Candidates:
+        """Candidates of every codebook from rows drawn from the batch; they are the same where there is no stack."""
+        return candidates
+
     @torch.no_grad()
-    def learn(self, result: Quantization, rows: Rows) -> None:
-        """Takes in the statistics of one training step."""
-        counts = result.counts.view(self.counts.shape)
+    def learn(self, counts: Tensor, sums: Tensor, rows: Rows) -> None:
+        """Takes in the statistics of one training step: counts `(..., K)` and sums like the codebook, of its shape."""
         if not self._tracks_usage:
             self.counts.copy_(counts)
             return
-        totals = [counts] if self.ema_decay is None else [counts, result.sums.view(self.codebook.shape)]
+        totals = [counts] if self.ema_decay is None else [counts, sums]
         if self._manual:
             self.pending_counts.add_(totals[0])
             self.pending_sums.add_(totals[1])
@@ -142,7 +153,7 @@ class TrainedCodebook(nn.Module):
             # The number of rows of each rank rides along, so that all ranks draw from the joined batch.
             *totals, numbers = sum_over_ranks(*totals, one_hot_rank(count_rows(rows)))
             draws = self._draws()
-            self._update(totals, draw_candidates_over_ranks(rows, draws, numbers), draws)
+            self._update(totals, self._spread(draw_candidates_over_ranks(rows, draws, numbers)), draws)
 
     @torch.no_grad()
     def update_codebook(self) -> None:
@@ -159,7 +170,7 @@ class TrainedCodebook(nn.Module):
         else:
             draws = self._draws()
             mine = Candidates(self.pending_rows, self.pending_usable)
-            self._update(totals, share_candidates(mine, draws), draws)
+            self._update(totals, self._spread(share_candidates(mine, draws)), draws)
             self.pending_usable.zero_()
         self.pending_counts.zero_()
         self.pending_sums.zero_()
@@ -211,7 +222,7 @@ class TrainedCodebook(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        error_msgs += explain_sizes(state_dict, prefix, self.codebook)
+        error_msgs += explain_sizes(state_dict, prefix, self.codebook, self._axes)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

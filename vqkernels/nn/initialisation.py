@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops.kmeans import kmeans
 from .draws import count_rows, draw_positions, hashed, take_rows
 from .heads import Rows
+from .residuals import next_residual
 from .synchronisation import gather_over_ranks, world_size
 
 ROWS_PER_CODE = 256
@@ -51,3 +52,32 @@ def initial_codes(rows: Rows, codebook_size: int, metric: str, seed: int, backen
         metric=metric,
     )
     return codes if sample.batched == rows.batched else codes.squeeze(0)
+
+
+@torch.no_grad()
+def initial_stack(rows: Rows, codebook_size: int, levels: int, seed: int, backend: str, shared: bool) -> Tensor:
+    """`(H, Q, K, D)`, or `(H, K, D)` if shared: level after level, k-means on what the levels before it leave.
+
+    A shared codebook is computed from the rows together with what a codebook of the rows alone leaves of them.
+    """
+    sample = sample_rows(rows, codebook_size, seed)
+    values = sample.values.movedim(sample.channel_dim, -1)
+    values, mask = (values, sample.mask) if sample.batched else (values[None], _leading(sample.mask))
+    values = values.flatten(1, -2).to(torch.promote_types(values.dtype, torch.float32))
+    kept = values.new_ones(values.shape[:2], dtype=torch.bool) if mask is None else mask.flatten(1)
+
+    def codes_of(values: Tensor, kept: Tensor, level: int) -> Tensor:
+        return kmeans(values, codebook_size, seed=seed + level, mask=kept, batched=True, backend=backend)[0]
+
+    stack = [codes_of(values, kept, 0)]
+    for level in range(1, 2 if shared else levels):
+        rest = next_residual(values, stack[-1], kept, "euclidean", backend)
+        if shared:
+            return codes_of(torch.cat([values, rest], 1), torch.cat([kept, kept], 1), level)
+        values = rest
+        stack.append(codes_of(values, kept, level))
+    return torch.stack(stack, 1)
+
+
+def _leading(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.unsqueeze(0)

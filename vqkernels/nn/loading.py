@@ -24,12 +24,17 @@ class ExplainedKey(str):
         return f"{format(str(self), spec)}: {self.sentence}"
 
 
-def explain_sizes(state: Mapping[str, Any], prefix: str, codebook: Tensor) -> list[str]:
-    """A sentence where the saved codebook is not of this layer's shape."""
+def explain_sizes(state: Mapping[str, Any], prefix: str, codebook: Tensor, axes: tuple[str, ...]) -> list[str]:
+    """A sentence where the saved codebook is not of this layer's shape, whose axes have these names."""
     name = f"{prefix}codebook"
     saved = state.get(name)
     if not isinstance(saved, Tensor) or saved.shape == codebook.shape:
         return []
+    if saved.dim() != codebook.dim() and not {"levels", "groups"}.isdisjoint(axes):
+        return [
+            f"{name} has shape {list(saved.shape)} in the checkpoint, but this layer holds {list(codebook.shape)} "
+            f"({', '.join(axes)}): build it with the checkpoint's levels, groups and shared_codebook."
+        ]
     if saved.dim() != codebook.dim():
         kinds = {2: "one codebook (K, D)", 3: "one codebook per head (H, K, D)"}
         return [
@@ -38,9 +43,7 @@ def explain_sizes(state: Mapping[str, Any], prefix: str, codebook: Tensor) -> li
         ]
     differ = [
         f"{what}={theirs} where this layer has {ours}"
-        for what, theirs, ours in zip(
-            ("heads", "codebook_size", "channels per code")[-codebook.dim() :], saved.shape, codebook.shape, strict=True
-        )
+        for what, theirs, ours in zip(axes, saved.shape, codebook.shape, strict=True)
         if theirs != ours
     ]
     return [f"{name} was saved with {' and '.join(differ)}: build the layer with the checkpoint's sizes."]

@@ -18,6 +18,21 @@ def check_indices(indices: Any, codebook_size: int, heads: int, check: bool) -> 
         raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
     if heads > 1 and (indices.dim() == 0 or indices.shape[-1] != heads):
         raise ValueError(f"indices must have {heads} heads on the last axis, got {list(indices.shape)}")
+    _check_range(indices, codebook_size, check)
+
+
+def check_stack_indices(indices: Any, codebook_size: int, groups: int, levels: int, check: bool) -> None:
+    """`check_indices` for a stack: `(..., n)`, or `(..., G, n)` with groups, of n <= Q levels."""
+    if isinstance(indices, Tensor):
+        shape = list(indices.shape)
+        if not shape or not 1 <= shape[-1] <= levels:
+            raise ValueError(f"indices must have 1 to {levels} levels on the last axis, got {shape}")
+        if groups > 1 and (len(shape) < 2 or shape[-2] != groups):
+            raise ValueError(f"indices must have {groups} groups on the last axis but one, got {shape}")
+    check_indices(indices, codebook_size, 1, check)
+
+
+def _check_range(indices: Tensor, codebook_size: int, check: bool) -> None:
     if torch.compiler.is_compiling() or not (check or indices.device.type == "cpu"):
         return
     outside = (indices < -1) | (indices >= codebook_size)
@@ -39,3 +54,18 @@ def look_up(codes: Tensor, indices: Tensor) -> Tensor:
         found = codes[inside]
     found = torch.where((indices < 0).unsqueeze(-1), 0.0, found)
     return torch.where(((indices < -1) | (indices >= size)).unsqueeze(-1), torch.nan, found)
+
+
+def sum_codes(stack: Tensor, indices: Tensor) -> Tensor:
+    """The sum of the codes of `indices (..., n)`, level after level, as `vqkernels.residual_vector_quantize` adds them.
+
+    Args:
+        stack: `(Q, K, D)`, or `(G, Q, K, D)` with `indices (..., G, n)`; the result is `(..., D)` or `(..., G, D)`.
+    """
+    total: Tensor | None = None
+    for q in range(indices.shape[-1]):
+        index = indices[..., q]
+        codes = look_up(stack[..., q, :, :], index)
+        total = codes if total is None else torch.where((index < 0).unsqueeze(-1), total, total + codes)
+    assert total is not None
+    return total

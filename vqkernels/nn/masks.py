@@ -38,6 +38,29 @@ def _check_mask(z: Tensor, channel_dim: int, mask: Tensor) -> None:
         raise ValueError(f"mask must have z's shape without channels, {list(shape)}, got {list(mask.shape)}")
 
 
+def row_levels(z: Tensor, channel_dim: int, levels: int | Tensor | None, most: int) -> Tensor | None:
+    """How many levels each row passes, int64 of z's shape without channels; None where every row passes all.
+
+    Args:
+        channel_dim: not negative.
+        levels: an int in [1, most], or int64 `(B,)` for the elements of z's first axis, whose values are not looked at.
+    """
+    if levels is None:
+        return None
+    shape = z.shape[:channel_dim] + z.shape[channel_dim + 1 :]
+    if isinstance(levels, Tensor):
+        if levels.dtype != torch.int64:
+            raise TypeError(f"levels must be an int or an int64 tensor, got {levels.dtype}")
+        if levels.shape != (shape[:1] or (1,)):
+            raise ValueError(f"levels must be ({shape[0] if shape else 1},), one per element, got {list(levels.shape)}")
+        return levels.to(z.device).view(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else levels[0]
+    if not isinstance(levels, int) or isinstance(levels, bool) or not 1 <= levels <= most:
+        raise ValueError(f"levels must be an int from 1 to {most}, got {levels!r}")
+    if levels == most:
+        return None
+    return torch.full(shape, levels, dtype=torch.int64, device=z.device)
+
+
 def zero_masked(x: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor:
     """x with zeros for the rows that do not count, whatever they hold, and a gradient of exactly 0 there."""
     return x if mask is None else x.masked_fill(~mask.unsqueeze(channel_dim), 0)

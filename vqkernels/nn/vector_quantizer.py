@@ -184,7 +184,7 @@ class VectorQuantizer(TrainedCodebook):
             indices=self._sampled(rows, codes, metric) if counts and self.temperature is not None else None,
         )
         if learns:
-            self.learn(result, rows)
+            self.learn(result.counts.view(self.counts.shape), result.sums.view(self.codebook.shape), rows)
         elif counts:
             self.counts.copy_(result.counts.view(self.counts.shape))
         loss = self.beta * result.commitment_loss

@@ -67,6 +67,19 @@ def check_indices(indices: Tensor | None, z: Tensor, channel_dim: int) -> None:
         raise ValueError(f"indices must be on z's device {z.device}, got {indices.device}")
 
 
+def check_levels(levels: Tensor | None, z: Tensor, channel_dim: int) -> None:
+    """Numbers of levels are int64, on z's device, and have z's shape without the channel axis."""
+    if levels is None:
+        return
+    expected = row_shape(z, channel_dim)
+    if not isinstance(levels, Tensor) or levels.dtype != torch.int64:
+        raise TypeError(f"levels must be an int64 tensor, got {getattr(levels, 'dtype', type(levels))}")
+    if tuple(levels.shape) != expected:
+        raise ValueError(f"levels must have z's shape without channels, {list(expected)}, got {_shape(levels)}")
+    if levels.device != z.device:
+        raise ValueError(f"levels must be on z's device {z.device}, got {levels.device}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of a few names, or a sentence that lists them."""
     if value not in choices:
