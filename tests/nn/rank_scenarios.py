@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vqkernels.nn import VectorQuantizer
+from vqkernels.nn import GroupedResidualVectorQuantizer, ResidualVectorQuantizer, VectorQuantizer
 
 DIM, CODES, STEPS, ROWS = 4, 12, 6, 48
 # Shares of the rows in each step: uneven, and now and then a rank has none.
@@ -32,12 +32,18 @@ LAYERS = {
     ),
     "shared heads": dict(ema_decay=0.8, revive="rows", revive_threshold=0.4, heads=2, codebook_dim=3),
 }
-BUILT_EARLY: dict[str, VectorQuantizer] = {}
+STACKS = {
+    "residual": partial(ResidualVectorQuantizer, levels=3),
+    "shared residual": partial(ResidualVectorQuantizer, levels=3, shared_codebook=True),
+    "grouped residual": partial(GroupedResidualVectorQuantizer, levels=2, groups=2),
+}
+LAYERS |= dict.fromkeys(STACKS, dict(init="kmeans", ema_decay=0.8, revive="rows", revive_threshold=0.4))
+BUILT_EARLY: dict[str, nn.Module] = {}
 
 
-def build(name: str) -> VectorQuantizer:
+def build(name: str) -> nn.Module:
     torch.manual_seed(11)
-    return VectorQuantizer(DIM, CODES, **LAYERS[name])
+    return STACKS.get(name, VectorQuantizer)(DIM, CODES, **LAYERS[name])
 
 
 def share(x: torch.Tensor, step: int, rank: int, world: int) -> torch.Tensor:
@@ -93,6 +99,17 @@ def manual_revived(rank: int, world: int) -> dict[str, torch.Tensor]:
     return quantizer.state_dict()
 
 
+def dropped(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Every rank draws the same numbers of levels for its elements; on the joined batch they are other elements."""
+    torch.manual_seed(11)
+    quantizer = ResidualVectorQuantizer(DIM, CODES, 3, dropout=0.6, ema_decay=0.8)
+    passed = []
+    for step in range(STEPS):
+        z = torch.randn(20, DIM, generator=torch.Generator().manual_seed(STEPS * rank + step))
+        passed.append((quantizer(z)[1] >= 0).sum(-1))
+    return {**quantizer.state_dict(), "passed": torch.stack(passed)}
+
+
 class Model(nn.Module):
     def __init__(self, **arguments: object) -> None:
         super().__init__()
@@ -135,6 +152,7 @@ SCENARIOS = {
     "compiled": compiled,
     "manual": manual,
     "manual revived": manual_revived,
+    "dropped": dropped,
     "DDP, EMA": partial(train, nn.parallel.DistributedDataParallel, EMA),
     "DDP, gradient": partial(train, nn.parallel.DistributedDataParallel, GRADIENT),
     "FSDP2, EMA": partial(train, sharded, EMA),

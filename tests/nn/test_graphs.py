@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqkernels.nn import VectorQuantizer
+from vqkernels.nn import GroupedResidualVectorQuantizer, ResidualVectorQuantizer, VectorQuantizer
 
 # Operators that a GPU answers only after the host has waited for it.
 WAITING = {
@@ -80,14 +80,24 @@ CONFIGURATIONS = {
         init="kmeans", ema_decay=0.9, revive="rows", metric="cosine", heads=2, separate_codebooks=True
     ),
     "projection": dict(ema_decay=0.9, revive="rows", codebook_dim=4, heads=2),
+    "residual": dict(levels=3, init="kmeans", ema_decay=0.9, revive="rows", dropout=0.5),
+    "residual, by gradient": dict(levels=2, revive="rows", shared_codebook=True),
+    "grouped": dict(levels=2, groups=2, ema_decay=0.9, ema_update="manual", revive="rows"),
 }
+
+
+def build(name):
+    options = CONFIGURATIONS[name]
+    if "groups" in options:
+        return GroupedResidualVectorQuantizer(6, 16, channel_dim=1, **options)
+    return (ResidualVectorQuantizer if "levels" in options else VectorQuantizer)(6, 16, channel_dim=1, **options)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", ["nothing", "mask", "lengths"])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_no_step_waits_for_the_device(name, masked, training):
-    layer = VectorQuantizer(6, 16, channel_dim=1, **CONFIGURATIONS[name]).train(training)
+    layer = build(name).train(training)
     z = torch.randn(4, 6, 9)
     given = {
         "nothing": {},
@@ -98,7 +108,7 @@ def test_no_step_waits_for_the_device(name, masked, training):
         leaf = z.clone().requires_grad_()
         with Synchronisations() as counted:
             quantized, _, loss = layer(leaf, **given[masked])
-            (quantized.sum() + loss).backward()
+            (quantized.sum() + loss.sum()).backward()
             if training and layer.ema_update == "manual":
                 layer.update_codebook()
             _ = layer.perplexity, layer.usage, layer.dead_codes
@@ -113,7 +123,7 @@ COMPILED += [pytest.param("EMA, revived", "inductor", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("name,compiler", COMPILED)
 def test_compiles_whole_in_training_and_eval(name, compiler):
     torch._dynamo.reset()
-    plain = VectorQuantizer(6, 16, channel_dim=1, **CONFIGURATIONS[name])
+    plain = build(name)
     twin = copy.deepcopy(plain)
     compiled = torch.compile(twin, fullgraph=True, backend=compiler)
     for mode, mask in itertools.product((True, False), (None, torch.rand(4, 9) < 0.6)):
@@ -125,7 +135,7 @@ def test_compiles_whole_in_training_and_eval(name, compiler):
             for one, other in zip(expected, got, strict=True):
                 torch.testing.assert_close(one, other)
             for (quantized, _, loss), _ in ((expected, a), (got, b)):
-                (quantized.square().sum() + loss).backward()
+                (quantized.square().sum() + loss.sum()).backward()
             torch.testing.assert_close(a.grad, b.grad)
         for key, value in plain.state_dict().items():
             torch.testing.assert_close(twin.state_dict()[key], value, msg=f"{key} differs")
@@ -133,7 +143,7 @@ def test_compiles_whole_in_training_and_eval(name, compiler):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_exports_with_a_dynamic_batch(name):
-    layer = VectorQuantizer(6, 16, channel_dim=1, **CONFIGURATIONS[name]).eval()
+    layer = build(name).eval()
     program = torch.export.export(
         layer,
         (torch.randn(4, 6, 9),),
