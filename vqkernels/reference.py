@@ -163,8 +163,8 @@ def residual_vector_quantize(
     Zeghidour et al. 2021, "SoundStream", algorithm 1. `codebooks (Q, K, D)`; `levels (N,)` int64, how many of the Q
     levels each row passes (0: masked). r_0 = z in float32 (float64 where z is), and level q looks for the code e_q
     nearest to r_q under the contract; r_{q+1} = r_q - e_q, rounded once to r's dtype. Quantized is e_0 + e_1 + ... in
-    that order, each sum rounded to float32 (float64 where the codebooks are). No gradient passes from one level to the next
-    but through z itself: the losses of level q are those of `vector_quantize` at r_q = z - sg[e_0 + ... + e_{q-1}].
+    that order, each sum rounded to float32 (float64 where the codebooks are). Gradients pass from level to level
+    through z alone: the losses of level q are those of `vector_quantize` at r_q = z - sg[e_0 + ... + e_{q-1}].
     """
     number = codebooks.shape[0]
     passed = torch.full((len(z),), number, device=z.device) if levels is None else levels

@@ -9,6 +9,7 @@ from vqkernels import reference
 from vqkernels.bench.cases import CODEBOOKS, Case, default_cases, quick_cases
 from vqkernels.bench.layers import TRAINING, OneHotQuantizer
 from vqkernels.bench.peers import SEARCH, too_large, unavailable
+from vqkernels.bench.stacks import RESIDUAL, judge_stack
 from vqkernels.nn import VectorQuantizer
 
 
@@ -82,3 +83,16 @@ def test_data_are_the_same_in_every_run_and_of_the_kind_named():
         assert kind in case.label or kind == "gaussian"
     assert len(set(default_cases())) == len(default_cases())
     assert not set(default_cases()) & set(quick_cases())
+
+
+@pytest.mark.parametrize("kind,peer", [(kind, peer) for kind, peers in RESIDUAL.items() for peer in peers])
+def test_a_stack_starts_from_the_codes_and_finds_them(kind, peer):
+    needs(peer)
+    codebooks = torch.stack([torch.randn(40, 16), 0.1 * torch.randn(40, 16)])
+    chosen = torch.randint(40, (300, 2))
+    z = codebooks[0, chosen[:, 0]] + codebooks[1, chosen[:, 1]] + 1e-3 * torch.randn(300, 16)
+    answers = {peer.name: peer.prepare(z, codebooks)()}
+    assert answers[peer.name].equal(reference.residual_vector_quantize(z, codebooks)[1])
+    assert judge_stack(z, codebooks, answers) == ({peer.name: 0}, 300)
+    answers[peer.name][:, 1] = (answers[peer.name][:, 1] + 1) % 40
+    assert judge_stack(z, codebooks, answers) == ({peer.name: 300}, 300)

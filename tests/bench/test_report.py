@@ -55,7 +55,7 @@ def test_the_plot_is_drawn(tmp_path):
 
 def test_a_wrong_index_of_ours_ends_the_run(monkeypatch):
     broken = run.Peer("broken", "", lambda z, e: lambda: torch.full((len(z),), -1), "vqkernels", ours=True)
-    monkeypatch.setattr(run, "SEARCH", (broken,))
+    monkeypatch.setitem(run.CONTENDERS, "search", (broken,))
     with pytest.raises(WrongIndex, match="broken gave .* wrong indices at N=100 K=10 D=4"):
         next(run.run([CASE], Effort(1, least=1, most=1), lambda size: None))
 
@@ -64,7 +64,7 @@ def test_a_peer_that_fails_is_reported_and_the_others_go_on(monkeypatch):
     def fail(z, e):
         raise OSError("no licence")
 
-    monkeypatch.setattr(run, "SEARCH", (*run.SEARCH[:1], run.Peer("failing", "", fail)))
+    monkeypatch.setitem(run.CONTENDERS, "search", (*run.CONTENDERS["search"][:1], run.Peer("failing", "", fail)))
     mine, failing = next(run.run([CASE], Effort(1, least=1, most=1), lambda size: None))
     assert mine.timing and mine.wrong == 0 and failing.problem == "OSError: no licence"
 
@@ -90,5 +90,11 @@ def test_the_command_runs_without_any_peer(tmp_path):
     assert "pip install faiss-cpu" in done.stdout and "no plot without matplotlib" in done.stderr
     assert {x.name for x in tmp_path.iterdir()} == {"cpu.md", "cpu.csv"}
     rows = list(csv.DictReader((tmp_path / "cpu.csv").open()))
-    assert {x["kind"] for x in rows} == {"search", "training", "vqvae"}
+    assert {x["kind"] for x in rows} == {
+        "search",
+        "training",
+        "residual",
+        "residual training",
+        "vqvae",
+    }
     assert all(x["wrong"] in ("", "0") for x in rows if x["ours"] == "1")

@@ -37,7 +37,7 @@ STACKS = {
     "shared residual": partial(ResidualVectorQuantizer, levels=3, shared_codebook=True),
     "grouped residual": partial(GroupedResidualVectorQuantizer, levels=2, groups=2),
 }
-LAYERS |= dict.fromkeys(STACKS, dict(init="kmeans", ema_decay=0.8, revive="rows", revive_threshold=0.4))
+LAYERS |= dict.fromkeys(STACKS, LAYERS["initialised"])
 BUILT_EARLY: dict[str, nn.Module] = {}
 
 

@@ -115,7 +115,7 @@ def test_gradients_in_every_dtype_are_those_of_float64_rounded_once(dtype, backe
 
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_adversarial_residuals(name, backend):
-    """Every level sees near-ties, repeated codes, huge norms and bad rows: the first by data, the others by residuals."""
+    """Near-ties, repeated codes, huge norms and bad rows at every level: by data first, by residuals after."""
     z, codebook = ADVERSARIES[name](64, 40, 6)
     codebooks = torch.stack([codebook, codebook.flip(0), codebook * 0.5])
     _, indices, _, _ = vq.residual_vector_quantize(z, codebooks, backend=backend)

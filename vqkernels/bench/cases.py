@@ -13,27 +13,37 @@ CODEBOOKS = ("gaussian", "clustered", "k-means")
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the report. `kind` is "search", "training" or "vqvae"; rows of the latter follow from its images."""
+    """One row of the report. `kind` is "search", "training", "residual" (in eval), "residual training" or "vqvae".
+
+    The rows of the last follow from its images; `levels` are those of the residual kinds.
+    """
 
     kind: str
     rows: int
     codebook_size: int
     dim: int
     codebook: str = "gaussian"
+    levels: int = 1
 
     @property
     def label(self) -> str:
         tail = "" if self.codebook == "gaussian" else f" {self.codebook}"
+        tail = f" Q={self.levels}{tail}" if self.levels > 1 else tail
         return f"N={self.rows} K={self.codebook_size} D={self.dim}{tail}"
 
     @property
     def operations(self) -> float:
-        """Float operations of the N x K products, the number behind every GFLOP/s here: 2 N K D."""
-        return 2.0 * self.rows * self.codebook_size * self.dim
+        """Float operations of the N x K products of all levels, the number behind every GFLOP/s here: 2 N K D Q."""
+        return 2.0 * self.rows * self.codebook_size * self.dim * self.levels
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Rows `(N, D)` and codes `(K, D)`, float32, the same in every run."""
+        """Rows `(N, D)` and codes `(K, D)`, or `(Q, K, D)` with levels; float32, the same in every run."""
         torch.manual_seed(self.rows + self.codebook_size + self.dim)
+        if self.levels > 1:
+            scales = 0.9 ** torch.arange(self.levels)  # later levels have less to say
+            return torch.randn(self.rows, self.dim), scales[:, None, None] * torch.randn(
+                self.levels, self.codebook_size, self.dim
+            )
         codes = torch.randn(self.codebook_size, self.dim)
         if self.codebook == "clustered":  # every row lies near its code: what a trained model sees
             return codes[torch.randint(len(codes), (self.rows,))] + 0.3 * torch.randn(self.rows, self.dim), codes
@@ -61,6 +71,8 @@ _SEARCH = (
 )
 _SHAPED = ((32768, 1024, 64), (16384, 8192, 32))
 _TRAINING = ((32768, 1024, 64), (8192, 8192, 64), (4096, 1024, 64))
+_RESIDUAL = ((16384, 1024, 128), (4096, 1024, 8))  # an audio codec's eight levels; and with DAC's eight channels
+_LEVELS = 8
 
 IMAGES, SIDE, HIDDEN, CODE_DIM = 32, 32, 128, 64  # of the VQ-VAE step: 32 images of 32 x 32, 8 x 8 codes each
 
@@ -72,6 +84,7 @@ def default_cases() -> list[Case]:
         *(Case("search", *shape) for shape in _SEARCH),
         *(Case("search", *shape, kind) for shape in _SHAPED for kind in CODEBOOKS[1:]),
         *(Case("training", *shape) for shape in _TRAINING),
+        *(Case(kind, *shape, levels=_LEVELS) for shape in _RESIDUAL for kind in ("residual", "residual training")),
         *(Case("vqvae", vqvae_rows, size, CODE_DIM) for size in (8192, 512)),
     ]
 
@@ -82,5 +95,7 @@ def quick_cases() -> list[Case]:
         Case("search", 1000, 512, 64),
         Case("search", 2048, 256, 8, "k-means"),
         Case("training", 1024, 256, 32),
+        Case("residual", 512, 64, 16, levels=3),
+        Case("residual training", 512, 64, 16, levels=3),
         Case("vqvae", 2 * (SIDE // 4) ** 2, 64, CODE_DIM),
     ]

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from .cases import Case
-from .layers import TRAINING
-from .peers import SEARCH
+from .contenders import CONTENDERS
 
 # Blocks beyond this size go back to the system when they are freed, so that no contender lives off another's leavings.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -33,8 +32,8 @@ def resident(field: str) -> float:
 
 def peak_above_inputs(case: Case, name: str) -> float:
     """MB at the peak of one call of the contender `name`."""
-    contenders = {one.name: one for one in (SEARCH if case.kind == "search" else TRAINING)}
-    small = Case(case.kind, 64, min(case.codebook_size, 16), case.dim)
+    contenders = {one.name: one for one in CONTENDERS[case.kind]}
+    small = Case(case.kind, 64, min(case.codebook_size, 16), case.dim, levels=case.levels)
     contenders[name].prepare(*small.data())()
     call = contenders[name].prepare(*case.data())
     if sys.platform == "linux":

@@ -13,6 +13,8 @@ from .targets import targets
 TITLES = {
     "search": "Search: the index of the nearest code of every row",
     "training": "Training step of the layer: forward, backward, codebook update",
+    "residual": "Residual quantization in eval: indices and quantized rows of all levels",
+    "residual training": "Training step of the residual layer: forward, backward, moving averages of all levels",
     "vqvae": "Training step of a VQ-VAE: forward, backward, Adam",
 }
 _SUMMARY = (
@@ -211,6 +213,7 @@ def write_csv(path: Path, results: list[Result], facts: dict[str, str]) -> None:
                 "codebook_size": x.case.codebook_size,
                 "dim": x.case.dim,
                 "codebook": x.case.codebook,
+                "levels": x.case.levels,
                 "contender": x.contender,
                 "computes": x.computes,
                 "ours": int(x.ours),

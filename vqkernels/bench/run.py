@@ -14,8 +14,10 @@ from vqkernels.ops.nearest import nearest_code
 from . import memory
 from .accuracy import Accuracy, judge
 from .cases import HIDDEN, IMAGES, SIDE, Case
-from .layers import TRAINING, Layer, OneHotQuantizer
+from .contenders import CONTENDERS
+from .layers import Layer, OneHotQuantizer
 from .peers import SEARCH, Peer, too_large, unavailable
+from .stacks import judge_stack
 from .timing import Timing, interleave
 
 
@@ -85,7 +87,7 @@ def _able(contenders: Iterable[Peer | Layer], case: Case, quick: bool) -> tuple[
 
 
 def _case(case: Case, effort: Effort, share: float) -> list[Result]:
-    contenders: tuple[Peer | Layer, ...] = SEARCH if case.kind == "search" else TRAINING
+    contenders = CONTENDERS[case.kind]
     able, problems = _able(contenders, case, effort.quick)
     z, codebook = case.data()
     calls: dict[str, Callable[[], Any]] = {}
@@ -98,16 +100,15 @@ def _case(case: Case, effort: Effort, share: float) -> list[Result]:
             answer = calls[one.name]()
             if not getattr(one, "slow_start", False):
                 known[one.name] = time.perf_counter() - start
-            if answer.dtype == torch.int64 and answer.shape == (case.rows,):
+            if answer.dtype == torch.int64 and answer.numel() == case.rows * case.levels:
                 answers[one.name] = answer.clone()
         except Exception as error:  # a peer that fails is reported, and the others go on
             if one.ours:
                 raise
             calls.pop(one.name, None)
             problems[one.name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-    accuracy = judge(z, codebook, answers)
+    accuracy, decided = _accuracy(z, codebook, answers)
     _refuse([one.name for one in able if one.ours], accuracy, case)
-    decided = float(nearest_code(z, codebook, return_certificate=True)[1])
     timings, peak = interleave(calls, effort.threads, share, effort.least, effort.most, known)
     return [
         Result(
@@ -125,6 +126,14 @@ def _case(case: Case, effort: Effort, share: float) -> list[Result]:
         )
         for one in contenders
     ]
+
+
+def _accuracy(z: Tensor, codebook: Tensor, answers: dict[str, Tensor]) -> tuple[Accuracy, float | None]:
+    """Wrong rows of everyone, and the fraction of rows that our filter decided where one search tells it."""
+    if codebook.dim() == 3:
+        wrong, checked = judge_stack(z, codebook, answers)
+        return Accuracy(wrong, checked, 0), None
+    return judge(z, codebook, answers), float(nearest_code(z, codebook, return_certificate=True)[1])
 
 
 def _refuse(ours: list[str], accuracy: Accuracy, case: Case) -> None:

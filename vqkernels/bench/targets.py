@@ -53,6 +53,7 @@ def targets(groups: Iterable[Group]) -> list[Target]:
         *(_vqvae(cases, size, goal) for size, goal in ((8192, 2.2), (512, None))),
         _memory(search + training),
         _wrong(cases),
+        *(_residual(cases, kind) for kind in ("residual", "residual training")),
     ]
 
 
@@ -109,6 +110,12 @@ def _vqvae(cases: list[Group], size: int, goal: float | None) -> Target:
     return Target(
         what, "the honest figure", "-" if figure is None else f"{figure:.2f}x", "told" if figure else "not measured"
     )
+
+
+def _residual(cases: list[Group], kind: str) -> Target:
+    found = [group for group in cases if group[0].kind == kind and group[0].dim == 128]
+    figures = _ratios(found, "vqkernels", lambda x: x.contender == "lucidrains")
+    return _at_least(f"{kind}, 8 levels: lucidrains / ours", _lowest(figures), 8.0, 5.0, len(figures))
 
 
 def _memory(groups: list[Group]) -> Target:

@@ -1,0 +1,7 @@
+"""Who is timed at cases of each kind; of a VQ-VAE step that is models, see `run`."""
+
+from .layers import TRAINING, Layer
+from .peers import SEARCH, Peer
+from .stacks import RESIDUAL
+
+CONTENDERS: dict[str, tuple[Peer | Layer, ...]] = {"search": SEARCH, "training": TRAINING, **RESIDUAL}
