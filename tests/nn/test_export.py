@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqkernels.nn import VectorQuantizer
+from vqkernels.nn import GroupedResidualVectorQuantizer, ResidualVectorQuantizer, VectorQuantizer
 from vqkernels.nn.export import decompositions
 
 CONFIGURATIONS = {
@@ -14,11 +14,16 @@ CONFIGURATIONS = {
     "shared heads": dict(heads=2),
     "heads": dict(heads=2, separate_codebooks=True, init="kmeans"),
     "projection": dict(codebook_dim=4, ema_decay=0.9, revive="rows", gradient="rotation"),
+    "residual": dict(levels=3, shared_codebook=True),
+    "grouped": dict(levels=2, groups=2, ema_decay=0.9),
 }
 
 
 def trained(name):
-    layer = VectorQuantizer(6, 16, channel_dim=1, **CONFIGURATIONS[name])
+    options = CONFIGURATIONS[name]
+    kind = ResidualVectorQuantizer if "levels" in options else VectorQuantizer
+    kind = GroupedResidualVectorQuantizer if "groups" in options else kind
+    layer = kind(6, 16, channel_dim=1, **options)
     with torch.no_grad():
         layer.codebook.normal_()
     layer(torch.randn(8, 6, 10))

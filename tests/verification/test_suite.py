@@ -8,7 +8,7 @@ import torch
 
 from vqkernels.backends import gpu, verified
 from vqkernels.cli import verify as command
-from vqkernels.ops import nearest, quantize, sample, statistics
+from vqkernels.ops import nearest, quantize, residual, sample, statistics
 from vqkernels.verification.suite import CLAIMS, poisoned_memory, verify
 
 CPU = torch.device("cpu")
@@ -33,6 +33,11 @@ def broken(operation, change):
 def highest_tie(results, z, codebook, *_):
     duplicate = (codebook.flatten(0, -2) == codebook.flatten(0, -2)[0]).all(-1).nonzero()[-1]
     results[0] = torch.where(results[0] == 0, duplicate, results[0])
+    return results
+
+
+def swapped_level(results, *_):
+    results[1] = results[1].flip(-1)
     return results
 
 
@@ -69,6 +74,7 @@ def halved_gradient(results, *_):
     [
         (nearest, "nearest", highest_tie, "index equals the contract's, common sizes"),
         (quantize, "quantize", unwritten_row, "looked-up values and losses"),
+        (residual, "residual_quantize", swapped_level, "indices of every level, sums and statistics"),
         (quantize, "lookup", next_code, "given indices give the bits of the search"),
         (sample, "sample", unshifted_rows, "draws follow their scores and the noise"),
         (statistics, "statistics", lost_row, "counts exact, sums to rounding"),

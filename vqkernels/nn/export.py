@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ..ops.nearest import nearest
 from ..ops.quantize import quantize
+from ..ops.residual import residual_quantize
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     """A table for `ExportedProgram.run_decompositions`: torch's own, and ours for the operators of a layer in eval."""
     table = dict(torch.export.default_decompositions())
     table |= dict.fromkeys((nearest.kernel, nearest.eager), _nearest)
+    table |= dict.fromkeys((residual_quantize.kernel, residual_quantize.eager), _residual_quantize)
     return table | dict.fromkeys((quantize.kernel, quantize.eager), _quantize)
 
 
@@ -56,6 +58,40 @@ def _quantize(
     infinite = torch.where(kept, rows.to(torch.float64) * 0.0, 0.0)  # NaN where a row is not finite, as the loss is
     error = (difference.square() + infinite).sum()
     return quantized, indices, error, indices.new_zeros(0), codebook.new_zeros(0)
+
+
+def _residual_quantize(
+    z: Tensor,
+    codebooks: Tensor,
+    levels: Tensor | None,
+    channel_dim: int,
+    metric: str,
+    precision: str,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if statistics:
+        raise ValueError("statistics belong to training: export the model in eval mode")
+    batched, dim = codebooks.dim() == 4, codebooks.shape[-1]
+    rows = z.movedim(channel_dim, -1)
+    stack = codebooks if batched else codebooks.unsqueeze(0)
+    rest = rows.reshape(stack.shape[0], -1, dim)
+    rest = rest.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    total = torch.zeros_like(rest, dtype=torch.float64 if codebooks.dtype == torch.float64 else torch.float32)
+    indices, errors = [], []
+    for q in range(stack.shape[1]):
+        mask = None if levels is None else levels.reshape(rest.shape[:2]) > q
+        index = _search(rest, stack[:, q], mask, metric)
+        codes = stack[:, q].gather(1, index.clamp_min(0).unsqueeze(-1).expand(-1, -1, dim))
+        kept = (index >= 0).unsqueeze(-1)
+        difference = torch.where(kept, rest.to(torch.float64) - codes.to(torch.float64), 0.0)
+        infinite = torch.where(kept, rest.to(torch.float64) * 0.0, 0.0)
+        errors.append((difference.square() + infinite).sum((1, 2)))
+        total = torch.where(kept, codes.to(total.dtype) if q == 0 else total + codes, total)
+        rest = torch.where(kept, difference.to(rest.dtype), rest)
+        indices.append(index)
+    quantized = total.to(z.dtype).view(rows.shape).movedim(-1, channel_dim)
+    stacked = torch.stack(indices, -1).view(*rows.shape[:-1], stack.shape[1])
+    return quantized, stacked, torch.stack(errors, -1), stacked.new_zeros(0), codebooks.new_zeros(0)
 
 
 def _search(rows: Tensor, codebook: Tensor, mask: Tensor | None, metric: str) -> Tensor:

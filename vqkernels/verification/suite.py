@@ -24,17 +24,12 @@ from ..ops.nearest import nearest_code
 from ..ops.quantize import quantize_with_statistics, vector_quantize
 from ..ops.sample import sample_code
 from ..ops.statistics import codebook_statistics
+from . import residual
 from .adversaries import ADVERSARIES
 from .layouts import LAYOUTS, flat, flat_rows
+from .place import REGIMES, Case, Place, close
 
 METRICS = ("euclidean", "dot", "cosine")
-# (rows, codes, channels) by device. Rows and codes that no tile divides, one row, one code, channels below and between
-# powers of two, and more channels than one tile holds. The reference of these runs within seconds.
-REGIMES = ("common sizes", "three channels", "few rows", "one code", "257 channels")
-SIZES = {
-    "cuda": ((2048, 1024, 64), (1001, 333, 3), (5, 4099, 64), (300, 1, 64), (500, 700, 257)),
-    "cpu": ((130, 170, 64), (101, 33, 3), (1, 300, 64), (30, 1, 64), (40, 50, 257)),
-}
 TYPES = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
@@ -46,18 +41,6 @@ SINGLE = (torch.float32, torch.float32)
 PASSES = (*((types, 0) for types in (SINGLE, *TYPES)), (SINGLE, 4))
 
 
-class Place(NamedTuple):
-    """What is verified, and where."""
-
-    backend: str
-    device: torch.device
-
-    @property
-    def sizes(self) -> tuple[tuple[int, int, int], ...]:
-        """The first is the common one, which every dtype is tried at."""
-        return SIZES["cuda" if self.device.type == "cuda" else "cpu"]
-
-
 class Outcome(NamedTuple):
     """One claim about one operator, and the cases that broke it."""
 
@@ -66,9 +49,6 @@ class Outcome(NamedTuple):
     cases: int
     seconds: float
     failures: tuple[str, ...]
-
-
-Case = tuple[str, Callable[[], bool]]  # a name, and whether the backend does what the contract says
 
 
 def exact_indices(which: int, place: Place) -> Iterator[Case]:
@@ -129,7 +109,7 @@ def layouts_and_masks(place: Place) -> Iterator[Case]:
                 out = flat(quantized, channel_dim, codebook.dim() == 3)
                 values, error = _looked_up(rows, codebook, expected)
                 same = flat_rows(indices, codebook.dim() == 3).equal(expected) and out.equal(values.to(z.dtype))
-                return same and _close(loss, error / max(1, int((expected >= 0).sum()) * rows.shape[-1]), 1e-6)
+                return same and close(loss, error / max(1, int((expected >= 0).sum()) * rows.shape[-1]), 1e-6)
 
             yield f"{name}{', masked' * masked}", case
 
@@ -143,7 +123,7 @@ def values_and_loss(place: Place) -> Iterator[Case]:
                 quantized, indices, loss, commitment = vector_quantize(z, codebook, backend=place.backend)
                 values, error = _looked_up(z, codebook, indices)
                 exact = quantized.equal(values.to(z.dtype)) and loss.nan_to_num(7).equal(commitment.nan_to_num(7))
-                return exact and _close(loss, error / z.numel(), 1e-6)
+                return exact and close(loss, error / z.numel(), 1e-6)
 
             yield f"{name}, {types[0]}/{types[1]}, {place.sizes[which]}", case
 
@@ -174,7 +154,7 @@ def sums_and_counts(place: Place) -> Iterator[Case]:
                     counts.equal(expected_counts)
                     and found.counts[0].equal(counts)
                     and found.sums[0].equal(sums)
-                    and _close(sums, expected_sums, scale)
+                    and close(sums, expected_sums, scale)
                 )
 
             yield f"{name}, {types[0]}/{types[1]}, {place.sizes[which]}", case
@@ -269,7 +249,7 @@ def _gradients(place: Place, mode: str) -> Iterator[Case]:
 
             found = grads(lambda x, e: vector_quantize(x, e, mask=mask, gradient=mode, backend=place.backend), dtype)
             expected = grads(lambda x, e: reference.vector_quantize(x, e, mask=mask, gradient=mode), torch.float64)
-            return all(_close(x, y, tolerance) for x, y in zip(found, expected, strict=True))
+            return all(close(x, y, tolerance) for x, y in zip(found, expected, strict=True))
 
         yield f"{dtype}, incoming {'all' if alone is None else alone}, {place.sizes[which]}", case
 
@@ -288,16 +268,6 @@ def _pair(place: Place, name: str, which: int = 0) -> tuple[Tensor, Tensor]:
     return ADVERSARIES[name](*place.sizes[which])
 
 
-def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Within `tolerance` of the largest expected magnitude; NaN where and only where expected."""
-    expected = expected.to(found.dtype).double()  # what its type cannot hold is not asked for
-    found = found.double()
-    if not found.isnan().equal(expected.isnan()):
-        return False
-    scale = expected.nan_to_num(0).abs().max().clamp_min(1e-300) if expected.numel() else 1.0
-    return bool(((found - expected).nan_to_num(0).abs() <= tolerance * scale).all())
-
-
 CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
     *(
         ("nearest", f"index equals the contract's, {regime}", partial(exact_indices, i))
@@ -313,6 +283,8 @@ CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
     ("backward", "gradients equal the reference's", gradients),
     ("backward", "rotated gradients equal the reference's", rotated_gradients),
     ("backward", "a poisoned row harms itself alone", poisoned_rows_stay_alone),
+    ("residual", "indices of every level, sums and statistics", residual.values),
+    ("residual", "gradients of every level equal the reference's", residual.gradients),
     ("all", "same bits when repeated", repeated_bits),
 )
 
