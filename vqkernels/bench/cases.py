@@ -13,7 +13,7 @@ CODEBOOKS = ("gaussian", "clustered", "k-means")
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the report. `kind` is "search", "training" or "vqvae"; rows of the latter follow from its images."""
+    """One row of the report. `kind` is "search", "training", "entropy" or "vqvae", whose rows follow from its images."""
 
     kind: str
     rows: int
@@ -61,6 +61,7 @@ _SEARCH = (
 )
 _SHAPED = ((32768, 1024, 64), (16384, 8192, 32))
 _TRAINING = ((32768, 1024, 64), (8192, 8192, 64), (4096, 1024, 64))
+_ENTROPY = ((8192, 16384, 32),)
 
 IMAGES, SIDE, HIDDEN, CODE_DIM = 32, 32, 128, 64  # of the VQ-VAE step: 32 images of 32 x 32, 8 x 8 codes each
 
@@ -72,6 +73,7 @@ def default_cases() -> list[Case]:
         *(Case("search", *shape) for shape in _SEARCH),
         *(Case("search", *shape, kind) for shape in _SHAPED for kind in CODEBOOKS[1:]),
         *(Case("training", *shape) for shape in _TRAINING),
+        *(Case("entropy", *shape) for shape in _ENTROPY),
         *(Case("vqvae", vqvae_rows, size, CODE_DIM) for size in (8192, 512)),
     ]
 
@@ -82,5 +84,6 @@ def quick_cases() -> list[Case]:
         Case("search", 1000, 512, 64),
         Case("search", 2048, 256, 8, "k-means"),
         Case("training", 1024, 256, 32),
+        Case("entropy", 512, 256, 16),
         Case("vqvae", 2 * (SIDE // 4) ** 2, 64, CODE_DIM),
     ]

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from .cases import Case
-from .layers import TRAINING
-from .peers import SEARCH
+from .entropies import ENTROPY
+from .layers import TRAINING, Layer
+from .peers import SEARCH, Peer
 
 # Blocks beyond this size go back to the system when they are freed, so that no contender lives off another's leavings.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -33,7 +34,8 @@ def resident(field: str) -> float:
 
 def peak_above_inputs(case: Case, name: str) -> float:
     """MB at the peak of one call of the contender `name`."""
-    contenders = {one.name: one for one in (SEARCH if case.kind == "search" else TRAINING)}
+    kinds: dict[str, tuple[Peer | Layer, ...]] = {"search": SEARCH, "training": TRAINING, "entropy": ENTROPY}
+    contenders = {one.name: one for one in kinds[case.kind]}
     small = Case(case.kind, 64, min(case.codebook_size, 16), case.dim)
     contenders[name].prepare(*small.data())()
     call = contenders[name].prepare(*case.data())

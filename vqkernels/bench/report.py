@@ -13,6 +13,7 @@ from .targets import targets
 TITLES = {
     "search": "Search: the index of the nearest code of every row",
     "training": "Training step of the layer: forward, backward, codebook update",
+    "entropy": "Entropy loss: both entropies of soft assignments and their gradients",
     "vqvae": "Training step of a VQ-VAE: forward, backward, Adam",
 }
 _SUMMARY = (

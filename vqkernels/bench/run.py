@@ -14,13 +14,14 @@ from vqkernels.ops.nearest import nearest_code
 from . import memory
 from .accuracy import Accuracy, judge
 from .cases import HIDDEN, IMAGES, SIDE, Case
+from .entropies import ENTROPY, mistake
 from .layers import TRAINING, Layer, OneHotQuantizer
 from .peers import SEARCH, Peer, too_large, unavailable
 from .timing import Timing, interleave
 
 
 class WrongIndex(AssertionError):
-    """One of ours is not the contract's index: nothing is timed after that."""
+    """One of ours is not the contract's index, or not its entropy: nothing is timed after that."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def _able(contenders: Iterable[Peer | Layer], case: Case, quick: bool) -> tuple[
 
 
 def _case(case: Case, effort: Effort, share: float) -> list[Result]:
-    contenders: tuple[Peer | Layer, ...] = SEARCH if case.kind == "search" else TRAINING
+    kinds: dict[str, tuple[Peer | Layer, ...]] = {"search": SEARCH, "training": TRAINING, "entropy": ENTROPY}
+    contenders = kinds[case.kind]
     able, problems = _able(contenders, case, effort.quick)
     z, codebook = case.data()
     calls: dict[str, Callable[[], Any]] = {}
@@ -105,9 +107,13 @@ def _case(case: Case, effort: Effort, share: float) -> list[Result]:
                 raise
             calls.pop(one.name, None)
             problems[one.name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-    accuracy = judge(z, codebook, answers)
-    _refuse([one.name for one in able if one.ours], accuracy, case)
-    decided = float(nearest_code(z, codebook, return_certificate=True)[1])
+    accuracy, decided = Accuracy({}, 0, 0), None
+    if case.kind == "entropy":
+        _refuse_entropies(z, codebook, case)
+    else:
+        accuracy = judge(z, codebook, answers)
+        _refuse([one.name for one in able if one.ours], accuracy, case)
+        decided = float(nearest_code(z, codebook, return_certificate=True)[1])
     timings, peak = interleave(calls, effort.threads, share, effort.least, effort.most, known)
     return [
         Result(
@@ -131,6 +137,12 @@ def _refuse(ours: list[str], accuracy: Accuracy, case: Case) -> None:
     for name in ours:
         if accuracy.wrong.get(name):
             raise WrongIndex(f"{name} gave {accuracy.wrong[name]} wrong indices at {case.label}: nothing was timed")
+
+
+def _refuse_entropies(z: Tensor, codebook: Tensor, case: Case) -> None:
+    problem = mistake(z, codebook)
+    if problem:
+        raise WrongIndex(f"vqkernels at {case.label}: {problem}: nothing was timed")
 
 
 def _vqvae(case: Case, effort: Effort, share: float, make_model: ModelFactory) -> list[Result]:
