@@ -13,7 +13,7 @@ CODEBOOKS = ("gaussian", "clustered", "k-means")
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the report. `kind` is "search", "training", "entropy" or "vqvae", whose rows follow from its images."""
+    """One row of the report. `kind` is "search", "training", "entropy" or "vqvae" (rows follow from its images)."""
 
     kind: str
     rows: int

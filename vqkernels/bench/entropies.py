@@ -66,10 +66,11 @@ def mistake(z: Tensor, codebook: Tensor) -> str | None:
     for function, dtype in ((_entropy_loss, torch.float32), (_expected, torch.float64)):
         rows, codes = (x.to(dtype).requires_grad_() for x in (z[:_ROWS], codebook))
         sample, whole = function(rows, codes)
-        answers.append([sample, whole, *torch.autograd.grad(sample - whole, (rows, codes))])
+        gradients = torch.autograd.grad(sample - whole, (rows, codes))
+        answers.append([sample.detach(), whole.detach(), *gradients])
     names = ("sample entropy", "codebook entropy", "gradient of z", "gradient of the codebook")
     for name, ours, exact in zip(names, *answers, strict=True):
-        error = float((ours.double() - exact).detach().abs().max() / exact.abs().max())
+        error = float((ours.double() - exact).abs().max() / exact.abs().max())
         if not error <= _TOLERANCE:
             return f"the {name} is off by {error:.1e} of its largest element"
     return None
