@@ -2,6 +2,7 @@
 
 from . import nn, reference
 from .backends.registry import use_backend
+from .ops.entropy import entropy_loss
 from .ops.kmeans import kmeans
 from .ops.nearest import nearest_code
 from .ops.quantize import VectorQuantizeFunction, vector_quantize
@@ -15,6 +16,7 @@ __all__ = [
     "VectorQuantizeFunction",
     "__version__",
     "codebook_statistics",
+    "entropy_loss",
     "kmeans",
     "nearest_code",
     "nn",

@@ -190,3 +190,34 @@ def residual_vector_quantize(
         through = rotate(through, torch.where(finite, z.detach(), 0.0), total)
     quantized = total.to(z.dtype) + through.to(z.dtype)
     return quantized, torch.stack(indices, -1), torch.stack(codebook_losses), torch.stack(commitment_losses)
+
+
+def entropy_loss(
+    z: Tensor, codebook: Tensor, temperature: float, *, mask: Tensor | None = None, metric: str = "euclidean"
+) -> tuple[Tensor, Tensor]:
+    """Mean entropy of the rows' assignments, and entropy of their mean assignment, in nats; float64, with gradients.
+
+    p_i = softmax over j of -|z_i - e_j|^2 / temperature, or of z_i.e_j / temperature with `metric="dot"`; the first is
+    the mean over rows of -sum_j p_ij log p_ij, the second -sum_j m_j log m_j with m the mean of p_i over rows (Yu et
+    al. 2023, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation"). Codes that are not finite have
+    probability 0. A row that is not finite counts nowhere and makes both entropies NaN; its own gradient is NaN by
+    contract, which autograd does not show. With no row that counts both are 0.
+    """
+    if codebook.dim() == 3:
+        masks = [None] * len(z) if mask is None else list(mask)
+        heads = zip(z, codebook, masks, strict=True)
+        parts = [entropy_loss(rows, codes, temperature, mask=m, metric=metric) for rows, codes, m in heads]
+        return torch.stack([a for a, _ in parts]), torch.stack([b for _, b in parts])
+    rows = z if mask is None else z[mask]
+    finite = rows.detach().isfinite().all(1)
+    rows, codes = rows[finite].to(torch.float64), codebook[codebook.detach().isfinite().all(1)].to(torch.float64)
+    logits = rows.new_zeros(len(rows), len(codes))
+    for x, e in zip(rows.T, codes.T, strict=True):
+        logits = logits + (x[:, None] * e if metric == "dot" else -(x[:, None] - e).square())
+    logarithms = (logits / temperature).log_softmax(1)
+    count = max(len(rows), 1)
+    sample_entropy = -(logarithms.exp() * logarithms).sum() / count
+    mean = logarithms.exp().sum(0) / count
+    codebook_entropy = -(mean * torch.where(mean > 0, mean, 1.0).log()).sum()
+    poison = 0.0 if bool(finite.all()) else torch.nan
+    return sample_entropy + poison, codebook_entropy + poison

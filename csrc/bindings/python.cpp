@@ -6,6 +6,7 @@
 #include <chrono>
 #include <vector>
 
+#include "../cpu/entropy.h"
 #include "../cpu/nearest.h"
 #include "peak.h"
 
@@ -162,6 +163,13 @@ double time_sweep(int64_t size, int64_t channels, int repeats) {
   return fastest;
 }
 
+// 2^x of the entropy sweeps at the SIMD level in force.
+py::array_t<float> exponential(const FloatArray& x) {
+  py::array_t<float> y(x.size());
+  active_entropy().exponential(x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -175,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
         "Scores, limits and scale of the integer filters (euclidean, float32); {'usable': False} where they are not used.");
   m.def("time_sweep", &time_sweep, py::arg("size"), py::arg("channels"), py::arg("repeats"),
         "Seconds per sweep of one panel, best of `repeats`.");
+  m.def("exponential", &exponential, py::arg("x"), "2^x in float32, as the entropy sweeps compute it.");
   m.def("fma_rate", &fma_rate, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
         "Float32 multiply-add peak of the calling thread in operations per second, measured for about `seconds`.");
 }

@@ -41,16 +41,13 @@
 #pragma once
 #include <stdint.h>
 
-#include <functional>
 #include <mutex>
 #include <vector>
 
 #include "codebook.h"
+#include "parallel.h"
 
 namespace vqkernels {
-
-// Runs f(first, last) over [0, count), possibly in several threads.
-using Parallel = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& f)>;
 
 class IntegerCodebook {
  public:

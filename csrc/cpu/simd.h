@@ -28,6 +28,7 @@ inline Floats root(Floats a) { return _mm512_sqrt_ps(a); }
 using Mask = __mmask16;
 inline Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline bool any_not_greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NGT_UQ) != 0; }
+inline bool any_greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 inline Floats pick(Mask m, Floats a, Floats b) { return _mm512_mask_blend_ps(m, b, a); }  // m ? a : b
 inline Floats splat_bits(int32_t x) { return _mm512_castsi512_ps(_mm512_set1_epi32(x)); }
 inline Doubles load(const double* p) { return _mm512_loadu_pd(p); }
@@ -50,6 +51,9 @@ inline Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a, b); }
 inline Ints pick(Mask m, Ints a, Ints b) { return _mm512_mask_blend_epi32(m, b, a); }
 inline Ints round(Floats a) { return _mm512_cvtps_epi32(a); }  // to nearest even
 inline Floats convert(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Floats add_exponent(Floats a, Floats n) {  // a * 2^k, where the low bits of n hold k
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+}
 inline Ints lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a); }  // modulo 2^32
 inline Ints bits_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
@@ -106,6 +110,7 @@ inline Floats root(Floats a) { return _mm256_sqrt_ps(a); }
 using Mask = __m256;
 inline Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline bool any_not_greater(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NGT_UQ)) != 0; }
+inline bool any_greater(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 inline Floats pick(Mask m, Floats a, Floats b) { return _mm256_blendv_ps(b, a, m); }
 inline Floats splat_bits(int32_t x) { return _mm256_castsi256_ps(_mm256_set1_epi32(x)); }
 inline Doubles load(const double* p) { return _mm256_loadu_pd(p); }
@@ -129,6 +134,9 @@ inline Ints load_some(const int32_t* p, int64_t count) {
 inline Ints pick(Ints m, Ints a, Ints b) { return _mm256_blendv_epi8(b, a, m); }
 inline Ints round(Floats a) { return _mm256_cvtps_epi32(a); }
 inline Floats convert(Ints a) { return _mm256_cvtepi32_ps(a); }
+inline Floats add_exponent(Floats a, Floats n) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+}
 inline int32_t sum(Ints a) {
   __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
@@ -191,7 +199,14 @@ inline bool any_not_greater(Floats a, Floats b) {
   const Mask greater = a > b;
   return (greater[0] & greater[1] & greater[2] & greater[3]) == 0;
 }
+inline bool any_greater(Floats a, Floats b) {
+  const Mask greater = a > b;
+  return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
+}
 inline Floats pick(Mask m, Floats a, Floats b) { return m ? a : b; }
+inline Floats add_exponent(Floats a, Floats n) {
+  return reinterpret_cast<Floats>(reinterpret_cast<Mask>(a) + (reinterpret_cast<Mask>(n) << 23));
+}
 inline Floats splat_bits(int32_t x) { return reinterpret_cast<Floats>(Mask{x, x, x, x}); }
 inline Doubles load(const double* p) { return *reinterpret_cast<const UnalignedDoubles*>(p); }
 inline void store(double* p, Doubles x) { *reinterpret_cast<UnalignedDoubles*>(p) = x; }

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from vqkernels import reference
+from vqkernels.bench import entropies
 from vqkernels.bench.cases import CODEBOOKS, Case, default_cases, quick_cases
+from vqkernels.bench.entropies import ENTROPY
 from vqkernels.bench.layers import TRAINING, OneHotQuantizer
 from vqkernels.bench.peers import SEARCH, too_large, unavailable
 from vqkernels.bench.stacks import RESIDUAL, judge_stack
@@ -37,6 +39,39 @@ def test_a_peer_finds_the_nearest_code(peer):
         torch.testing.assert_close(answer, z @ codebook.T)
     else:
         assert answer.dtype == torch.int64 and torch.equal(answer, reference.nearest(z, codebook))
+
+
+@pytest.mark.parametrize(
+    "peer",
+    [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.slow_start else []) for p in ENTROPY],
+)
+def test_a_peer_computes_both_entropies_and_leaves_the_gradients(peer, monkeypatch):
+    z, codebook = torch.randn(50, 6), torch.randn(20, 6)
+    leaves, step = [], entropies._step
+
+    def watched(function, rows, codes):
+        def kept(*inputs):
+            leaves[:] = inputs
+            return function(*inputs)
+
+        return step(kept, rows, codes)
+
+    monkeypatch.setattr(entropies, "_step", watched)
+    found = peer.prepare(z, codebook)()
+    rows, codes = z.double().requires_grad_(), codebook.double().requires_grad_()
+    expected = reference.entropy_loss(rows, codes, entropies.TEMPERATURE)
+    (expected[0] - expected[1]).backward()
+    torch.testing.assert_close(found, torch.stack(expected).detach().float(), rtol=1e-5, atol=1e-5)
+    for leaf, exact in zip(leaves, (rows, codes), strict=True):
+        torch.testing.assert_close(leaf.grad, exact.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_our_entropies_are_compared_with_the_reference_before_anything_is_timed(monkeypatch):
+    z, codebook = torch.randn(50, 6), torch.randn(20, 6)
+    assert entropies.mistake(z, codebook) is None
+    right = entropies._entropy_loss
+    monkeypatch.setattr(entropies, "_entropy_loss", lambda x, e: right(x, e.detach() + 1e-3 * e))
+    assert "is off by" in entropies.mistake(z, codebook)
 
 
 @pytest.mark.parametrize("layer", TRAINING, ids=lambda one: one.name)

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from vqkernels.bench import report, run
+from vqkernels.bench import entropies, report, run
 from vqkernels.bench.cases import Case
 from vqkernels.bench.run import Effort, Result, WrongIndex
 from vqkernels.bench.timing import Timing
@@ -60,6 +60,13 @@ def test_a_wrong_index_of_ours_ends_the_run(monkeypatch):
         next(run.run([CASE], Effort(1, least=1, most=1), lambda size: None))
 
 
+def test_a_wrong_entropy_of_ours_ends_the_run(monkeypatch):
+    right = entropies._entropy_loss
+    monkeypatch.setattr(entropies, "_entropy_loss", lambda z, e: (1.001 * right(z, e)[0], right(z, e)[1]))
+    with pytest.raises(WrongIndex, match="N=100 K=10 D=4: the sample entropy is off by 1.0e-03 of its largest element"):
+        next(run.run([Case("entropy", 100, 10, 4)], Effort(1, least=1, most=1, quick=True), lambda size: None))
+
+
 def test_a_peer_that_fails_is_reported_and_the_others_go_on(monkeypatch):
     def fail(z, e):
         raise OSError("no licence")
@@ -95,6 +102,7 @@ def test_the_command_runs_without_any_peer(tmp_path):
         "training",
         "residual",
         "residual training",
+        "entropy",
         "vqvae",
     }
     assert all(x["wrong"] in ("", "0") for x in rows if x["ours"] == "1")

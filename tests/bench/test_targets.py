@@ -18,6 +18,7 @@ THEIRS = {
     "training": ("lucidrains EMA", "diffusers"),
     "residual": ("lucidrains",),
     "residual training": ("lucidrains",),
+    "entropy": ("plain PyTorch",),
     "vqvae": ("one-hot layer",),
 }
 
@@ -47,7 +48,8 @@ def test_nothing_is_claimed_of_what_was_not_measured():
 
 def test_everything_is_met():
     found = targets([group(case, 13.0, megabytes=0.5, wrong=0, checked=7) for case in default_cases()])
-    assert [x.state for x in found] == ["met"] * 8 + ["told"] + ["met"] * 4
+    states = ["met"] * 8 + ["told"] + ["met"] * 3 + ["not measured"] + ["met"] * 2
+    assert [x.state for x in found] == states
     assert found[0].figure == "13.00x over 15 shapes" and found[5].figure == "13.00x over 3 shapes"
     assert found[0].goal == ">= 3x (floor 2.2x)"
 
@@ -80,6 +82,18 @@ def test_memory_and_wrong_indices():
     for megabytes, state in ((limit * 0.99, "met"), (limit * 1.01, "missed")):
         assert targets([group(case, 4.0, megabytes=megabytes)])[9].state == state
     assert targets([group(case, 4.0, wrong=1, checked=9)])[10].state == "missed"
+
+
+def test_the_entropy_loss_is_held_against_plain_pytorch():
+    case = next(case for case in default_cases() if case.kind == "entropy")
+    for ratio, state in ((3.1, "met"), (1.5, "missed, above the floor"), (0.9, "missed, BELOW THE FLOOR")):
+        assert targets([group(case, ratio)])[11].state == state
+    for megabytes, figure, state in ((5.0, "1/20", "met"), (10.0, "1/10", "missed"), (2.0, "1/50", "met")):
+        results = [
+            result(case, "vqkernels", 1.0, megabytes=megabytes),
+            result(case, "plain PyTorch", 2.0, megabytes=100.0),
+        ]
+        assert (targets([(case, results)])[12].figure, targets([(case, results)])[12].state) == (figure, state)
 
 
 def test_the_report_states_them():

@@ -81,14 +81,14 @@ def _search(rows: Tensor, codes: Tensor, metric: str, precision: str) -> tuple[T
 
     # Lower bounds L of the scores by one product: the error of each code is a channel of its own.
     terms = rows.shape[1] + 16.0
-    single = _product_is_float32(rows)
+    single = product_is_float32(rows)
     unit, work = (2.0**-24, torch.float32) if single else (2.0**-53, torch.float64)
     provable = terms * unit < 0.01
     error = 1.02 * terms * unit / (1 - terms * unit) if provable and precision == "exact" else 0.0
     row_norm, code_norm = wide.square().sum(1).sqrt(), target.square().sum(1).sqrt()
     left = torch.cat([wide, row_norm[:, None]], 1).to(work)
     right = torch.cat([-target, -error * 1.0001 * code_norm[:, None]], 1).to(work)
-    with _without_autocast(rows.device.type):
+    with without_autocast(rows.device.type):
         bound = torch.addmm((half_square * (1 - error)).to(work), left, right.T)
     best, slot = bound.min(1)
     if precision == "fast":
@@ -136,13 +136,13 @@ def _rescore(rows: Tensor, codes: Tensor, candidate: Tensor, metric: str) -> Ten
     return chosen.new_full((len(rows),), none).scatter_reduce(0, row, chosen, "amin")
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast reaches into an operator, and would narrow its products."""
     enabled = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
-def _product_is_float32(x: Tensor) -> bool:
+def product_is_float32(x: Tensor) -> bool:
     """Whether a float32 matrix product on x's device really computes in float32 under the user's settings."""
     try:
         if torch.get_float32_matmul_precision() != "highest":

@@ -13,9 +13,10 @@ CODEBOOKS = ("gaussian", "clustered", "k-means")
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the report. `kind` is "search", "training", "residual" (in eval), "residual training" or "vqvae".
+    """One row of the report.
 
-    The rows of the last follow from its images; `levels` are those of the residual kinds.
+    `kind` is "search", "training", "residual" (in eval), "residual training", "entropy" or "vqvae". The rows of the
+    last follow from its images; `levels` are those of the residual kinds.
     """
 
     kind: str
@@ -73,6 +74,7 @@ _SHAPED = ((32768, 1024, 64), (16384, 8192, 32))
 _TRAINING = ((32768, 1024, 64), (8192, 8192, 64), (4096, 1024, 64))
 _RESIDUAL = ((16384, 1024, 128), (4096, 1024, 8))  # an audio codec's eight levels; and with DAC's eight channels
 _LEVELS = 8
+_ENTROPY = ((8192, 16384, 32),)
 
 IMAGES, SIDE, HIDDEN, CODE_DIM = 32, 32, 128, 64  # of the VQ-VAE step: 32 images of 32 x 32, 8 x 8 codes each
 
@@ -85,6 +87,7 @@ def default_cases() -> list[Case]:
         *(Case("search", *shape, kind) for shape in _SHAPED for kind in CODEBOOKS[1:]),
         *(Case("training", *shape) for shape in _TRAINING),
         *(Case(kind, *shape, levels=_LEVELS) for shape in _RESIDUAL for kind in ("residual", "residual training")),
+        *(Case("entropy", *shape) for shape in _ENTROPY),
         *(Case("vqvae", vqvae_rows, size, CODE_DIM) for size in (8192, 512)),
     ]
 
@@ -97,5 +100,6 @@ def quick_cases() -> list[Case]:
         Case("training", 1024, 256, 32),
         Case("residual", 512, 64, 16, levels=3),
         Case("residual training", 512, 64, 16, levels=3),
+        Case("entropy", 512, 256, 16),
         Case("vqvae", 2 * (SIDE // 4) ** 2, 64, CODE_DIM),
     ]

@@ -1,7 +1,13 @@
 """Who is timed at cases of each kind; of a VQ-VAE step that is models, see `run`."""
 
+from .entropies import ENTROPY
 from .layers import TRAINING, Layer
 from .peers import SEARCH, Peer
 from .stacks import RESIDUAL
 
-CONTENDERS: dict[str, tuple[Peer | Layer, ...]] = {"search": SEARCH, "training": TRAINING, **RESIDUAL}
+CONTENDERS: dict[str, tuple[Peer | Layer, ...]] = {
+    "search": SEARCH,
+    "training": TRAINING,
+    "entropy": ENTROPY,
+    **RESIDUAL,
+}

@@ -15,6 +15,7 @@ TITLES = {
     "training": "Training step of the layer: forward, backward, codebook update",
     "residual": "Residual quantization in eval: indices and quantized rows of all levels",
     "residual training": "Training step of the residual layer: forward, backward, moving averages of all levels",
+    "entropy": "Entropy loss: both entropies of soft assignments and their gradients",
     "vqvae": "Training step of a VQ-VAE: forward, backward, Adam",
 }
 _SUMMARY = (

@@ -15,6 +15,7 @@ from . import memory
 from .accuracy import Accuracy, judge
 from .cases import HIDDEN, IMAGES, SIDE, Case
 from .contenders import CONTENDERS
+from .entropies import mistake
 from .layers import Layer, OneHotQuantizer
 from .peers import SEARCH, Peer, too_large, unavailable
 from .stacks import judge_stack
@@ -22,7 +23,7 @@ from .timing import Timing, interleave
 
 
 class WrongIndex(AssertionError):
-    """One of ours is not the contract's index: nothing is timed after that."""
+    """One of ours is not the contract's index, or not its entropy: nothing is timed after that."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,12 @@ def _case(case: Case, effort: Effort, share: float) -> list[Result]:
                 raise
             calls.pop(one.name, None)
             problems[one.name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-    accuracy, decided = _accuracy(z, codebook, answers)
-    _refuse([one.name for one in able if one.ours], accuracy, case)
+    accuracy, decided = Accuracy({}, 0, 0), None
+    if case.kind == "entropy":
+        _refuse_entropies(z, codebook, case)
+    else:
+        accuracy, decided = _accuracy(z, codebook, answers)
+        _refuse([one.name for one in able if one.ours], accuracy, case)
     timings, peak = interleave(calls, effort.threads, share, effort.least, effort.most, known)
     return [
         Result(
@@ -140,6 +145,12 @@ def _refuse(ours: list[str], accuracy: Accuracy, case: Case) -> None:
     for name in ours:
         if accuracy.wrong.get(name):
             raise WrongIndex(f"{name} gave {accuracy.wrong[name]} wrong indices at {case.label}: nothing was timed")
+
+
+def _refuse_entropies(z: Tensor, codebook: Tensor, case: Case) -> None:
+    problem = mistake(z, codebook)
+    if problem:
+        raise WrongIndex(f"vqkernels at {case.label}: {problem}: nothing was timed")
 
 
 def _vqvae(case: Case, effort: Effort, share: float, make_model: ModelFactory) -> list[Result]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .cases import Case, default_cases
+from .entropies import PLAIN
 from .run import Result
 
 Group = tuple[Case, list[Result]]
@@ -38,6 +39,7 @@ def targets(groups: Iterable[Group]) -> list[Target]:
     )
     lucidrains = _ratios(training, "vqkernels EMA", lambda x: x.contender == "lucidrains EMA")
     diffusers = _ratios(training, "vqkernels", lambda x: x.contender == "diffusers")
+    entropy = _ratios([g for g in cases if g[0].kind == "entropy"], "vqkernels", lambda x: x.contender == PLAIN)
     return [
         _at_least("search: best peer / ours, geometric mean", _mean(best), 3.0, 2.2, len(best)),
         _at_least("search: best peer / ours, lowest", _lowest(best), 1.2, 1.0, len(best)),
@@ -53,6 +55,8 @@ def targets(groups: Iterable[Group]) -> list[Target]:
         *(_vqvae(cases, size, goal) for size, goal in ((8192, 2.2), (512, None))),
         _memory(search + training),
         _wrong(cases),
+        _at_least("entropy loss: plain PyTorch / ours, lowest", _lowest(entropy), 3.0, 1.0, len(entropy)),
+        _entropy_memory(cases),
         *(_residual(cases, kind) for kind in ("residual", "residual training")),
     ]
 
@@ -131,6 +135,19 @@ def _memory(groups: list[Group]) -> Target:
     if worst is None:
         return Target(what, "<= 1x", "-", "not measured")
     return Target(what, "<= 1x", f"{worst:.2f}x", "met" if worst <= 1 else "missed")
+
+
+def _entropy_memory(cases: list[Group]) -> Target:
+    """Our peak over that of plain PyTorch, which holds several N x K matrices."""
+    shares = []
+    for case, results in cases:
+        held = {x.contender: x.megabytes for x in results if x.megabytes is not None}
+        if case.kind == "entropy" and held.get(PLAIN) and "vqkernels" in held:
+            shares.append(held["vqkernels"] / (held[PLAIN] or 1.0))
+    what, goal = "entropy loss: of the peak memory of plain PyTorch, largest", "<= 1/20"
+    if not shares:
+        return Target(what, goal, "-", "not measured")
+    return Target(what, goal, f"1/{1 / max(shares):.0f}", "met" if max(shares) <= 1 / 20 else "missed")
 
 
 def _wrong(cases: list[Group]) -> Target:

@@ -18,6 +18,7 @@ from .checks import (
 )
 from .codebook import TrainedCodebook
 from .draws import step_key
+from .entropy import entropy_penalty
 from .heads import Heads, Rows
 from .keep import keep
 from .lookup import check_indices, look_up
@@ -48,6 +49,12 @@ class VectorQuantizer(TrainedCodebook):
             reaches z, as in `vqkernels.vector_quantize`.
         temperature: None takes the nearest code; a positive number draws codes in training as `vqkernels.sample_code`
             does, the nearest still in eval mode and with freeze.
+        entropy_weight: None, or a number: in training mode the loss gains `entropy_weight * (sample_entropy -
+            entropy_gamma * codebook_entropy)`, see `vqkernels.entropy_loss`, with the layer's metric (cosine: the
+            product of unit vectors), the mean over heads with codebooks of their own, and the rows of this rank alone.
+            A codebook trained by moving averages gets no gradient; z does.
+        entropy_gamma: how much even use of all codes counts beside decided rows.
+        entropy_temperature: of the soft assignments, in units of the squared distance or the product.
         init: "uniform" starts the codes in [-1/K, 1/K]; "kmeans" computes them from the first training batch (see
             `vqkernels.nn.initialisation`).
         revive: "off", or "rows": a code that is hardly used becomes a row of the batch (see `vqkernels.nn.revival`).
@@ -77,6 +84,9 @@ class VectorQuantizer(TrainedCodebook):
         metric: str = "euclidean",
         gradient: str = "straight_through",
         temperature: float | None = None,
+        entropy_weight: float | None = None,
+        entropy_gamma: float = 1.0,
+        entropy_temperature: float = 0.01,
         init: str = "uniform",
         revive: str = "off",
         revive_threshold: float = 0.1,
@@ -96,6 +106,10 @@ class VectorQuantizer(TrainedCodebook):
         check_number("beta", beta, 0)
         check_positive("revive_threshold", revive_threshold, below=1)
         check_positive("temperature", temperature, none=True)
+        if entropy_weight is not None:
+            check_number("entropy_weight", entropy_weight, 0)
+        check_number("entropy_gamma", entropy_gamma, 0)
+        check_positive("entropy_temperature", entropy_temperature)
         check_flag("separate_codebooks", separate_codebooks)
         check_int("channel_dim", channel_dim)
         check_int("seed", seed)
@@ -123,6 +137,8 @@ class VectorQuantizer(TrainedCodebook):
         self.dim, self.codebook_size, self.codebook_dim, self.heads = dim, codebook_size, codebook_dim, heads
         self.separate_codebooks, self.beta, self.ema_update, self.metric = separate, beta, ema_update, metric
         self.gradient, self.temperature = gradient, temperature
+        self.entropy_weight, self.entropy_gamma = entropy_weight, entropy_gamma
+        self.entropy_temperature = entropy_temperature
         self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
         projects = heads * codebook_dim != dim
         self.project_in = nn.Linear(dim, heads * codebook_dim) if projects else None
@@ -153,7 +169,7 @@ class VectorQuantizer(TrainedCodebook):
             quantized: z's shape and dtype, with the gradient named by `gradient`.
             indices: int64, z's shape without channels; with several heads a last axis H follows.
             loss: 0-d; `codebook + beta * commitment`, or `beta * commitment` with EMA; in the space of the codes, mean
-                over all unmasked elements. Also in eval mode.
+                over all unmasked elements. Also in eval mode. With entropy_weight, the entropies in training mode.
         """
         channel_dim = check_channels(z, self.dim, self.channel_dim)
         mask = row_mask(z, channel_dim, mask, lengths)
@@ -183,13 +199,16 @@ class VectorQuantizer(TrainedCodebook):
             statistics=counts,
             indices=self._sampled(rows, codes, metric) if counts and self.temperature is not None else None,
         )
+        loss = self.beta * result.commitment_loss
+        if self.ema_decay is None:
+            loss = loss + result.codebook_loss
+        if self.training and self.entropy_weight is not None:
+            options = (self.entropy_weight, self.entropy_gamma, self.entropy_temperature, self.backend)
+            loss = loss + entropy_penalty(rows, codes, metric, *options)
         if learns:
             self.learn(result.counts.view(self.counts.shape), result.sums.view(self.codebook.shape), rows)
         elif counts:
             self.counts.copy_(result.counts.view(self.counts.shape))
-        loss = self.beta * result.commitment_loss
-        if self.ema_decay is None:
-            loss = loss + result.codebook_loss
         quantized = self._restore(result.quantized, z, mask, heads)
         return quantized, heads.join_indices(result.indices), loss
 
@@ -261,6 +280,9 @@ _DEFAULTS = {
     "metric": "euclidean",
     "gradient": "straight_through",
     "temperature": None,
+    "entropy_weight": None,
+    "entropy_gamma": 1.0,
+    "entropy_temperature": 0.01,
     "init": "uniform",
     "revive": "off",
     "channel_dim": -1,
