@@ -154,7 +154,7 @@ def draw(path: Path, records: list[dict], codebook_size: int) -> None:
     """Perplexity and reconstruction error on the held-out images over the steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for record in records:
         steps = [point["step"] for point in record["curve"]]
@@ -162,8 +162,8 @@ def draw(path: Path, records: list[dict], codebook_size: int) -> None:
         right.plot(steps, [point["reconstruction_error"] for point in record["curve"]], marker=".")
     left.axhline(0.6 * codebook_size, color="grey", linestyle=":", label=f"60 % of K = {codebook_size}")
     left.set(xlabel="step", ylabel="perplexity of the codes, held-out images", ylim=(0, codebook_size))
-    left.legend(fontsize=8)
     right.set(xlabel="step", ylabel="mean squared error, held-out images", yscale="log")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
