@@ -46,7 +46,7 @@ def record() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = counts(build("instructions", Path(folder)), "kernels")
     table = {
-        "unit": "instructions per row x code x channel (sweep, sift, search), per row (group), per element (others)",
+        "unit": "instructions per row x code x channel (sweep, sift, search, entropy), row (group), element (others)",
         "compiler": compiler_version(),
         "counts": {name: float(f"{value:.4g}") for name, value in found.items()},
     }

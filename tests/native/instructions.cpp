@@ -9,6 +9,7 @@
 #include <functional>
 #include <string>
 
+#include "../../csrc/cpu/entropy.h"
 #include "../../csrc/cpu/quantize.h"
 #include "../../csrc/cpu/statistics.h"
 #include "search.h"
@@ -157,6 +158,30 @@ void whole_searches(Random& random, const Sweep& sweep) {
   }
 }
 
+// Panels against a stream of 480 items, whose probabilities are all positive.
+void entropy_sweeps(Random& random, const EntropyKernels<float>& kernels, Level level, int64_t channels) {
+  const std::string tail = std::string(" ") + level_name(level) + " D=" + std::to_string(channels);
+  const int64_t lanes = kernels.lanes, size = 480;
+  const Floats panel = random.normals(lanes * channels, 0.1f), items = random.normals(size * channels, 0.1f);
+  const Floats bias = random.normals(size), weight = random.normals(size), partition(size, 9.0f), share(size, 1.0f);
+  const Stream<float> stream{items.data(), bias.data(),   weight.data(),        partition.data(),
+                             share.data(), weight.data(), size / kernels.tile, channels};
+  Floats found(2 * lanes), scratch(2 * channels * lanes);
+  std::vector<double> sum(lanes), weighted(lanes), gradient(2 * channels * lanes);
+  const double products = double(lanes * size * channels);
+  count("entropy forward" + tail, products,
+        [&] { kernels.forward(panel.data(), stream, found.data(), found.data() + lanes, sum.data()); });
+  count("entropy mean" + tail, products, [&] { kernels.mean(panel.data(), bias.data(), stream, sum.data()); });
+  count("entropy gradient of rows" + tail, products, [&] {
+    kernels.rows_backward(panel.data(), stream, partition.data(), weight.data(), -0.5f, sum.data(), weighted.data(),
+                          gradient.data(), scratch.data());
+  });
+  count("entropy gradient of codes" + tail, products, [&] {
+    kernels.codes_backward(panel.data(), bias.data(), weight.data(), stream, -0.5f, sum.data(), gradient.data(),
+                           scratch.data());
+  });
+}
+
 void kernels(const std::vector<const Sweep*>& sweeps) {
   Random random;
   for (const Sweep* sweep : sweeps) {
@@ -173,6 +198,11 @@ void kernels(const std::vector<const Sweep*>& sweeps) {
   if (sweep.integers != nullptr)
     count("pack int16", double(k * d), [&] { IntegerCodebook(packed, 16.0, serially); });
   fused_tail(random);
+  for (int64_t channels : {8, 32, 256}) entropy_sweeps(random, kEntropyBaseline, Level::baseline, channels);
+#if defined(__x86_64__)
+  for (int64_t channels : {8, 32, 256})
+    if (has_level(Level::avx2)) entropy_sweeps(random, kEntropyAvx2, Level::avx2, channels);
+#endif
 }
 
 // Three rounds of Lloyd's algorithm from the first rows.
