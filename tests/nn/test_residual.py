@@ -176,6 +176,27 @@ def test_a_collapsed_stack_comes_back(kind, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_revived_code_is_what_is_left_of_a_row_at_its_level(kind, backend):
+    layer = build(kind, ema_decay=0.9, revive="rows", backend=backend)
+    layer.codebook.mul_(20)
+    layer.codebook[..., 16:, :] = 90.0  # half of the codes can never be chosen
+    z = torch.randn(300, 8)
+    stack = layer.codebook.clone()
+    layer(z)
+    books = stack if layer.groups > 1 else stack.unsqueeze(0)
+    found = layer.codebook if layer.groups > 1 else layer.codebook.unsqueeze(0)
+    for group, rows in enumerate(z.view(300, layer.groups, -1).unbind(1)):
+        levels = books[group] if not layer.shared_codebook else books[group].expand(3, -1, -1)
+        rests = [rows]
+        for codes in levels[:-1]:
+            rests.append(rests[-1] - codes[reference.nearest(rests[-1], codes)])
+        for q in range(1 if layer.shared_codebook else 3):
+            revived = found[group][16:] if layer.shared_codebook else found[group, q, 16:]
+            allowed = torch.cat(rests) if layer.shared_codebook else rests[q]
+            assert (revived[:, None] == allowed).all(-1).any(1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_k_means_starts_every_level_on_what_is_left(kind, ema_decay, backend):
     torch.manual_seed(1)

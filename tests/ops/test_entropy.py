@@ -266,7 +266,8 @@ def test_opcheck(overload, cpu_kernels):
         opcheck(backward, (*incoming, z, codes, mask, *kept, 1, metric, 1.0, wanted))
 
 
-def test_compiles_whole_with_dynamic_shapes(backend):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole_with_dynamic_shapes(compiler, backend):
     torch._dynamo.reset()
     codebook = torch.randn(30, 8)
 
@@ -274,7 +275,7 @@ def test_compiles_whole_with_dynamic_shapes(backend):
         sample, whole = vq.entropy_loss(z * 2, codebook, 1.5, mask=mask, channel_dim=1, backend=backend)
         return sample - 0.5 * whole
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compiler)
     for batch, height in ((2, 4), (3, 6)):
         z, mask = torch.randn(batch, 8, height, 5), torch.rand(batch, height, 5) < 0.7
         results = []
