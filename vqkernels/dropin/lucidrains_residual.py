@@ -226,7 +226,7 @@ class GroupedResidualVQ(nn.Module):
     """Stands in for `vector_quantize_pytorch.GroupedResidualVQ`: the channels in equal groups, a `ResidualVQ` for each.
 
     State: `rvqs.{g}` as in `ResidualVQ`. Results as there with an axis G in front: indices `(G, ..., Q)`, losses
-    `(G, Q)`, all codes `(G, Q, ..., D)`.
+    `(G, Q)`; all codes as a tuple of G tensors `(Q, ..., D)`.
     """
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
@@ -292,4 +292,5 @@ class GroupedResidualVQ(nn.Module):
         quantized = torch.cat(parts_of_x, self.split_dim)
         if given[0] is not None:
             return quantized, torch.stack(others[0]).sum()
-        return quantized, *(torch.stack(other) for other in others)
+        found, losses, *codes = others
+        return quantized, torch.stack(found), torch.stack(losses), *codes
