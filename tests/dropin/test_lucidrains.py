@@ -147,6 +147,61 @@ def test_a_training_step(case):
     assert_state_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("case", ["defaults", "codebook_dim", "learnable", "orthogonal", "mask learnable"])
+def test_an_input_without_a_gradient(case):
+    """Then nothing is routed by rotation: a learnable codebook gets the output's gradient, a projection the loss's."""
+    arguments, shape, call = CASES[case]
+    ours, theirs = pair(arguments)
+    x = batch(shape, 0, arguments)[0].detach()
+    one, other = ours(x, **call), theirs(x, **call)
+    assert_results_equal(one, other)
+    objective(one).backward()
+    objective(other).backward()
+    assert_gradients_equal(ours, theirs, atol=1e-5)
+    with torch.no_grad():
+        assert_results_equal(ours(x, **call), theirs(x, **call))
+    assert_state_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["defaults", "codebook_dim", "cosine", "separate heads"])
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_of_bfloat16(case, training):
+    """The same types and codes and, as far as bfloat16 goes, values."""
+    arguments, shape, _ = CASES[case]
+    ours, theirs = (layer.train(training) for layer in pair(arguments))
+    if ours.has_projections:  # a float32 projection takes no bfloat16 rows
+        for layer in (ours, theirs):
+            layer.project_in.bfloat16(), layer.project_out.bfloat16()
+    x, y = (z.detach().bfloat16().requires_grad_() for z in batch(shape, 0, arguments))
+    one, other = ours(x), theirs(y)
+    assert_results_equal(one, other, 2e-2, 2e-2)
+    assert one[1].equal(other[1])
+    if training:
+        objective(one).backward()
+        objective(other).backward()
+        torch.testing.assert_close(x.grad.float(), y.grad.float(), rtol=5e-2, atol=5e-2)
+    assert_state_equal(ours, theirs, 1e-2, 1e-2)
+
+
+@pytest.mark.parametrize("case", ["defaults", "codebook_dim", "cosine", "separate heads"])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(case, training):
+    """On the CPU the peer's distances are then bfloat16: its codes are compared only where it finds the same."""
+    arguments, shape, _ = CASES[case]
+    ours, theirs = (layer.train(training) for layer in pair(arguments))
+    exact = copy.deepcopy(ours)(batch(shape, 0, arguments)[0])
+    x, y = batch(shape, 0, arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one, other = ours(x), theirs(y)
+    for mine, its in zip(one, other, strict=True):
+        assert mine.shape == its.shape and mine.dtype == its.dtype and mine.requires_grad == its.requires_grad
+    same = (one[1] == other[1]).view(*shape[:2], -1).all(-1)
+    assert same.float().mean() > 0.95
+    torch.testing.assert_close(one[0][same], other[0][same], rtol=2e-2, atol=2e-2)
+    if not ours.has_projections:
+        assert_results_equal(one, exact, 0, 0)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_eval(case):
     arguments, shape, call = CASES[case]

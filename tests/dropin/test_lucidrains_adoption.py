@@ -149,6 +149,21 @@ def test_a_sampling_function_of_ones_own_is_named():
         ADAPTERS[key(theirs)](theirs)
 
 
+def test_a_layer_of_another_version_is_left_alone():
+    theirs = peer.VectorQuantize(**SIZES)
+    del theirs.route_gradients_to_input
+    with pytest.raises(ValueError, match="not known here: .*route_gradients_to_input"):
+        ADAPTERS[key(theirs)](theirs)
+
+
+def test_a_narrowed_layer_goes_on_as_it_is():
+    theirs = peer.VectorQuantize(**SIZES, codebook_dim=4).bfloat16()
+    ours = ADAPTERS[key(theirs)](theirs)
+    quantized, _, loss = ours(torch.randn(2, 60, 8).bfloat16())
+    assert quantized.dtype == torch.bfloat16 and loss.isfinite()
+    assert theirs._codebook.embed is ours._codebook.embed and theirs.codebook.isfinite().all()
+
+
 def test_every_class_has_a_way_there_and_back():
     names = {key(build(case)[0]) for case in LAYERS}
     assert set(ADAPTERS) == set(RELEASERS) == names

@@ -192,12 +192,24 @@ def release_sim_vq(ours: Any, peer: Any) -> None:
     peer.train(ours.training)
 
 
+def _of_known_version(adopt: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """A layer of a version that has not an option which 1.32 has is refused like an option that we have not."""
+
+    def adopt_known(peer: nn.Module) -> nn.Module:
+        try:
+            return adopt(peer)
+        except AttributeError as error:
+            raise ValueError(f"this version of vector-quantize-pytorch is not known here: {error}") from error
+
+    return adopt_known
+
+
 _PACKAGE = "vector_quantize_pytorch"
 ADAPTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    f"{_PACKAGE}.vector_quantize_pytorch.VectorQuantize": adopt_vector_quantize,
-    f"{_PACKAGE}.residual_vq.ResidualVQ": adopt_residual_vq,
-    f"{_PACKAGE}.residual_vq.GroupedResidualVQ": adopt_grouped_residual_vq,
-    f"{_PACKAGE}.sim_vq.SimVQ": adopt_sim_vq,
+    f"{_PACKAGE}.vector_quantize_pytorch.VectorQuantize": _of_known_version(adopt_vector_quantize),
+    f"{_PACKAGE}.residual_vq.ResidualVQ": _of_known_version(adopt_residual_vq),
+    f"{_PACKAGE}.residual_vq.GroupedResidualVQ": _of_known_version(adopt_grouped_residual_vq),
+    f"{_PACKAGE}.sim_vq.SimVQ": _of_known_version(adopt_sim_vq),
 }
 RELEASERS: dict[str, Callable[[nn.Module, nn.Module], None]] = {
     f"{_PACKAGE}.vector_quantize_pytorch.VectorQuantize": release_vector_quantize,
