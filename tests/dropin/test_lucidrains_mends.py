@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqkernels import reference
 from vqkernels.dropin.lucidrains import GroupedResidualVQ, ResidualVQ, SimVQ, VectorQuantize
@@ -282,3 +283,38 @@ def test_the_same_bits_for_one_and_two_threads(arguments, threads):
         (quantized.square().sum() + loss).backward()
         states.append([quantized, indices, loss, x.grad, *layer.state_dict().values()])
     assert all(one.equal(other) for one, other in zip(*states, strict=True))
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operator gives back."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "most"),
+    [
+        ({}, False, 4096 * 4),
+        ({"use_cosine_sim": True, "threshold_ema_dead_code": 2}, False, 4096 * 4),
+        ({"learnable_codebook": True, "ema_update": False, "orthogonal_reg_weight": 1.0}, False, 4096 * 4),
+        ({"stochastic_sample_codes": True}, False, 1 << 22),
+        ({"learnable_codebook": True, "ema_update": False}, True, 1 << 22),
+    ],
+)
+def test_nothing_of_size_rows_times_codes(arguments, given, most):
+    layer = layer_of(dim=4, codebook_size=4096, **arguments)
+    x = torch.randn(1, 4096, 4, requires_grad=True)
+    with _Largest() as largest:
+        if given:
+            layer(x, indices=torch.zeros(1, 4096, dtype=torch.int64))[1].backward()
+        else:
+            quantized, _, loss = layer(x)
+            (quantized.sum() + loss).backward()
+    assert 4096 * 4 <= largest.elements <= most < 4096 * 4096
