@@ -212,6 +212,20 @@ def test_a_chain_survives_its_own_update_before_backward():
     layer(x)[2].sum().backward()
 
 
+@pytest.mark.parametrize("arguments", [{}, {"orthogonal_reg_weight": 1.0}, {"threshold_ema_dead_code": 3}])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_two_forwards_before_one_backward(arguments, freeze):
+    layer = layer_of(**arguments)
+    alone = copy.deepcopy(layer)
+    x = torch.randn(2, 30, 8, requires_grad=True)
+    first = layer(x, freeze_codebook=freeze)
+    layer(torch.randn(2, 30, 8))
+    gradients = []
+    for quantized, _, loss in (first, alone(x, freeze_codebook=freeze)):
+        gradients.append(torch.autograd.grad(quantized.square().sum() + loss, x)[0])
+    torch.testing.assert_close(*gradients)
+
+
 def test_options_without_a_counterpart_are_named():
     for name, value in (
         ("straight_through", True),

@@ -134,8 +134,8 @@ class VectorQuantize(ConfiguredQuantizer):
         ema_update = codebook.ema_update if ema_update is None else ema_update
         learns = self.training and not freeze and (ema_update or codebook.has_dead_code_replacement)
         embed = codebook.codes_for(rows.batched)
-        # The backward pass needs the codes that were looked up, and updates overwrite them.
-        embed = keep(embed) if learns and torch.is_grad_enabled() else embed
+        # The backward pass needs the codes that were looked up, and this forward or a later one overwrites them.
+        embed = keep(embed) if self._is_overwritten or (learns and torch.is_grad_enabled()) else embed
         result = self._quantize(rows, embed, freeze, learns, sample_codebook_temp)
         if learns:
             shape = codebook.embed.shape
@@ -149,6 +149,13 @@ class VectorQuantize(ConfiguredQuantizer):
             )
         quantized = self._with_gradient(x, rows, embed, result)
         return Step(x, mask, heads, rows, embed, result, quantized, heads.join_indices(result.indices), freeze)
+
+    @property
+    def _is_overwritten(self) -> bool:
+        """Whether the codes that a backward pass will need may be overwritten before it."""
+        codebook = self._codebook
+        writes = codebook.ema_update or codebook.has_dead_code_replacement
+        return self.training and writes and torch.is_grad_enabled()
 
     def _layout(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Heads, Tensor | None]:
         """Where x keeps its channels, and which of its rows count."""
@@ -244,7 +251,7 @@ class VectorQuantize(ConfiguredQuantizer):
         """Of all codes, of those that this batch uses, or of a random choice among them."""
         embed = self._codebook.embed
         size, most = self.codebook_size, self.orthogonal_reg_max_codes
-        embed = keep(embed) if self._codebook.manual_ema_update else embed
+        embed = keep(embed) if self._is_overwritten else embed
         if not self.orthogonal_reg_active_codes_only:
             if most is not None and size > most:
                 embed = embed[:, torch.randperm(size, device=embed.device)[:most]]
