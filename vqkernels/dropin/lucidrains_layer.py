@@ -4,8 +4,8 @@ One fused pass gives codes, indices, commitment loss and the statistics of the m
 built, in training or not. What the peer's users rely on is kept: the codes looked up in training are those before the
 update; the loss is 0 in eval mode; a gradient reaches the input in training only, by the rotation trick unless told
 otherwise. What differs, on purpose: ties go to the lowest index, the forward value in training is the code itself, bit
-for bit (also for a zero row, which the peer turns into zeros), index -1 decodes to zeros, and cross entropy has its
-gradient at the codes that gave the loss, which the peer overwrites before its backward pass.
+for bit (also for a zero row, which the peer turns into zeros), index -1 decodes to zeros, and cross entropy and the
+orthogonal loss have their gradient at the codes that gave them, which the peer may overwrite before its backward pass.
 """
 
 from collections.abc import Callable
