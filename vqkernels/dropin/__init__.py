@@ -1,0 +1,1 @@
+"""Layers with the constructors, results and checkpoints of the quantizers that people already use."""

@@ -1,0 +1,219 @@
+"""From a live layer of lucidrains to ours and back, over the same tensors.
+
+Ours takes the peer's Parameters, buffers and projections as they are, the same objects, so that an optimizer that holds
+them goes on. On the way back the peer gets the objects that ours holds then: a model may have moved in between.
+Checkpoints need neither: the state dicts are the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .lucidrains_layer import VectorQuantize
+from .lucidrains_options import refuse
+from .lucidrains_residual import GroupedResidualVQ, ResidualVQ
+from .lucidrains_simvq import SimVQ
+
+# Attributes of the peer's VectorQuantize that are arguments of the same name.
+_SAME_NAME = (
+    "dim",
+    "codebook_size",
+    "heads",
+    "separate_codebook_per_head",
+    "freeze_codebook",
+    "use_cosine_sim",
+    "channel_last",
+    "accept_image_fmap",
+    "accept_3d_fmap",
+    "commitment_weight",
+    "commitment_use_cross_entropy_loss",
+    "orthogonal_reg_weight",
+    "orthogonal_reg_active_codes_only",
+    "orthogonal_reg_max_codes",
+    "codebook_diversity_loss_weight",
+    "in_place_codebook_optimizer",
+    "rotation_trick",
+    "directional_reparam",
+    "directional_reparam_variance",
+    "ema_update",
+    "learnable_codebook",
+    "sync_update_v",
+    "return_zeros_for_masked_padding",
+    "route_gradients_to_input",
+)
+_OF_CODEBOOK = (
+    "decay",
+    "eps",
+    "kmeans_iters",
+    "threshold_ema_dead_code",
+    "manual_ema_update",
+    "vq_bridge",
+    "affine_param",
+    "sample_codebook_temp",
+)
+# What a user may set on a layer while it trains.
+_SETTINGS = ("freeze_codebook", "commitment_weight", "orthogonal_reg_weight")
+
+
+def _options(peer: Any) -> dict[str, Any]:
+    """Arguments with which our layer is built as `peer` was."""
+    codebook = peer._codebook
+    options = {name: getattr(peer, name) for name in _SAME_NAME}
+    options |= {name: getattr(codebook, name) for name in _OF_CODEBOOK}
+    sampling = getattr(codebook.gumbel_sample, "keywords", None)
+    if sampling is None or set(sampling) != {"stochastic", "straight_through"}:
+        raise ValueError("gumbel_sample, a sampling function of your own, is not supported: keep the peer's layer")
+    if codebook.reset_cluster_size != codebook.threshold_ema_dead_code:
+        refuse(reset_cluster_size=codebook.reset_cluster_size)
+    # The peer decides at construction; a layer built before the process group has False and means "as things are".
+    synced = True if codebook.use_ddp else None
+    return options | {
+        "codebook_dim": codebook.embed.shape[-1],
+        "layernorm_after_project_in": isinstance(peer.project_in, nn.Sequential),
+        "stochastic_sample_codes": sampling["stochastic"],
+        "straight_through": sampling["straight_through"],
+        "sync_codebook": synced,
+        "sync_kmeans": synced is None or codebook.sample_fn.__name__ == "sample_vectors_distributed",
+    }
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    """`target` holds the Parameters and buffers of `source`, the same objects."""
+    for name, parameter in source._parameters.items():
+        if name in target._parameters:
+            target._parameters[name] = parameter
+    for name, buffer in source._buffers.items():
+        if name in target._buffers and name not in target._non_persistent_buffers_set:
+            target._buffers[name] = buffer
+
+
+def adopt_vector_quantize(peer: Any) -> VectorQuantize:
+    """Our layer over the tensors of a `vector_quantize_pytorch.VectorQuantize`.
+
+    Raises:
+        ValueError: names the option that has no counterpart.
+    """
+    options = _options(peer)
+    with torch.device("meta"):  # neither memory nor random numbers
+        ours = VectorQuantize(**options)
+    ours.project_in, ours.project_out = peer.project_in, peer.project_out
+    _share(peer._codebook, ours._codebook)
+    ours._codebook._ready = bool(ours._codebook.initted)
+    ours.training = ours._codebook.training = peer.training
+    return ours
+
+
+def adopt_residual_vq(peer: Any) -> ResidualVQ:
+    """Our layer over the tensors of a `vector_quantize_pytorch.ResidualVQ`; errors as in `adopt_vector_quantize`."""
+    beams = {"beam_size": peer.beam_size, "eval_beam_size": peer.eval_beam_size}
+    levels = [adopt_vector_quantize(layer) for layer in peer.layers]
+    with torch.device("meta"):
+        ours = ResidualVQ(
+            dim=peer.project_in.in_features if peer.has_projections else peer.codebook_dim,
+            codebook_size=tuple(peer.codebook_sizes),
+            codebook_dim=peer.codebook_dim,
+            shared_codebook=peer.shared_codebook,
+            diveq=peer.diveq,
+            quantize_dropout=peer.quantize_dropout,
+            quantize_dropout_cutoff_index=peer.quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of=peer.quantize_dropout_multiple_of,
+            accept_image_fmap=peer.accept_image_fmap,
+            implicit_neural_codebook=peer.implicit_neural_codebook,
+            quant_grad_frac=peer.quant_grad_frac,
+            return_zeros_for_masked_padding=peer.return_zeros_for_masked_padding,
+            **beams,
+        )
+    ours.layers = nn.ModuleList(levels)
+    if peer.shared_codebook:
+        for level in levels[1:]:
+            level._codebook = levels[0]._codebook
+    ours.project_in, ours.project_out = peer.project_in, peer.project_out
+    ours.training = ours.layers.training = peer.training
+    return ours
+
+
+def adopt_grouped_residual_vq(peer: Any) -> GroupedResidualVQ:
+    """Our layer over the tensors of a `vector_quantize_pytorch.GroupedResidualVQ`; errors as in
+    `adopt_vector_quantize`."""
+    groups = [adopt_residual_vq(rvq) for rvq in peer.rvqs]
+    shape = {"dim": peer.dim, "groups": peer.groups, "accept_image_fmap": peer.accept_image_fmap}
+    with torch.device("meta"):
+        ours = GroupedResidualVQ(**shape, num_quantizers=1, codebook_size=1)
+    ours.rvqs = nn.ModuleList(groups)
+    ours.training = ours.rvqs.training = peer.training
+    return ours
+
+
+def adopt_sim_vq(peer: Any) -> SimVQ:
+    """Our layer over the tensors of a `vector_quantize_pytorch.SimVQ`."""
+    with torch.device("meta"):
+        ours = SimVQ(
+            1,
+            peer.codebook_size,
+            codebook_transform=peer.code_transform,
+            channel_first=peer.channel_first,
+            rotation_trick=peer.rotation_trick,
+            input_to_quantize_commit_loss_weight=peer.input_to_quantize_commit_loss_weight,
+            commitment_weight=peer.commitment_weight,
+        )
+    _share(peer, ours)
+    ours.training = peer.training
+    return ours
+
+
+def release_vector_quantize(ours: Any, peer: Any) -> None:
+    """Gives the peer what our layer has learned, and its training mode."""
+    _share(ours._codebook, peer._codebook)
+    for name in _SETTINGS:
+        setattr(peer, name, getattr(ours, name))
+    peer.train(ours.training)
+
+
+def release_residual_vq(ours: Any, peer: Any) -> None:
+    """As `release_vector_quantize`, for every level."""
+    for level, layer in zip(ours.layers, peer.layers, strict=True):
+        release_vector_quantize(level, layer)
+    peer.train(ours.training)
+
+
+def release_grouped_residual_vq(ours: Any, peer: Any) -> None:
+    """As `release_vector_quantize`, for every level of every group."""
+    for group, rvq in zip(ours.rvqs, peer.rvqs, strict=True):
+        release_residual_vq(group, rvq)
+    peer.train(ours.training)
+
+
+def release_sim_vq(ours: Any, peer: Any) -> None:
+    """Gives the peer the frozen codebook where ours holds it now, and its training mode."""
+    _share(ours, peer)
+    peer.commitment_weight = ours.commitment_weight
+    peer.train(ours.training)
+
+
+def _of_known_version(adopt: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """A layer of a version that has not an option which 1.32 has is refused like an option that we have not."""
+
+    def adopt_known(peer: nn.Module) -> nn.Module:
+        try:
+            return adopt(peer)
+        except AttributeError as error:
+            raise ValueError(f"this version of vector-quantize-pytorch is not known here: {error}") from error
+
+    return adopt_known
+
+
+_PACKAGE = "vector_quantize_pytorch"
+ADAPTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    f"{_PACKAGE}.vector_quantize_pytorch.VectorQuantize": _of_known_version(adopt_vector_quantize),
+    f"{_PACKAGE}.residual_vq.ResidualVQ": _of_known_version(adopt_residual_vq),
+    f"{_PACKAGE}.residual_vq.GroupedResidualVQ": _of_known_version(adopt_grouped_residual_vq),
+    f"{_PACKAGE}.sim_vq.SimVQ": _of_known_version(adopt_sim_vq),
+}
+RELEASERS: dict[str, Callable[[nn.Module, nn.Module], None]] = {
+    f"{_PACKAGE}.vector_quantize_pytorch.VectorQuantize": release_vector_quantize,
+    f"{_PACKAGE}.residual_vq.ResidualVQ": release_residual_vq,
+    f"{_PACKAGE}.residual_vq.GroupedResidualVQ": release_grouped_residual_vq,
+    f"{_PACKAGE}.sim_vq.SimVQ": release_sim_vq,
+}

@@ -1,0 +1,253 @@
+"""The codebook of lucidrains' vector-quantize-pytorch: its state, its moving averages, its replacement of dead codes.
+
+Counts and sums come from the fused quantizer, so that no one-hot matrix is built; a row with a NaN or an infinity is in
+neither. Nothing is read back from the device, but for k-means, which runs once. Whether ranks share their statistics is
+asked in every forward, not when the layer is built.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn.draws import count_rows, hashed
+from ..nn.heads import Rows
+from ..nn.initialisation import sample_rows
+from ..nn.revival import Candidates, draw_candidates, draw_candidates_over_ranks
+from ..nn.synchronisation import one_hot_rank, sum_over_ranks, world_size
+from ..ops.kmeans import kmeans
+from ..ops.quantize import quantize_with_statistics
+
+TINY = 1e-6  # the norm below which the peer no longer scales to length one
+_DRAWS = 1 << 15  # the draws of 512 ranks add up exactly in float32
+
+
+class Codebook(nn.Module):
+    """State of one codebook for all heads, `(1, K, D)`, or of one per head, `(H, K, D)`.
+
+    State: `initted ()` bool; `cluster_size (h, K)` float32, from ones; `embed_avg (h, K, D)`, from `embed`;
+    `embed (h, K, D)`, a Parameter where a gradient trains it and otherwise a buffer. Floating buffers are never
+    narrower than float32, whatever the module is cast to.
+
+    Args:
+        learnable: `embed` is a Parameter.
+        sync_codebook: None sums statistics over the ranks of a process group whenever there is one; False never does.
+        sync_kmeans: k-means sees the rows of all ranks, where statistics are summed.
+        Everything else as in `VectorQuantize`.
+    """
+
+    initted: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
+    embed: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        num_codebooks: int = 1,
+        *,
+        kmeans_init: bool = False,
+        kmeans_iters: int = 10,
+        sync_kmeans: bool = True,
+        decay: float = 0.8,
+        eps: float = 1e-5,
+        threshold_ema_dead_code: float = 0,
+        learnable: bool = False,
+        ema_update: bool = True,
+        manual_ema_update: bool = False,
+        use_cosine_sim: bool = False,
+        sync_codebook: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.codebook_size, self.num_codebooks = codebook_size, num_codebooks
+        self.kmeans_iters, self.sync_kmeans, self.sync_codebook = kmeans_iters, sync_kmeans, sync_codebook
+        self.decay, self.eps, self.threshold_ema_dead_code = decay, eps, threshold_ema_dead_code
+        self.reset_cluster_size = threshold_ema_dead_code
+        self.learnable_codebook, self.ema_update, self.manual_ema_update = learnable, ema_update, manual_ema_update
+        self.use_cosine_sim = use_cosine_sim
+        if kmeans_init:
+            embed = torch.zeros(num_codebooks, codebook_size, dim)
+        else:
+            embed = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim))
+            embed = F.normalize(embed, dim=-1, eps=TINY) if use_cosine_sim else embed
+        self._ready = not kmeans_init  # on the host: nobody waits for the device to know
+        self.register_buffer("initted", torch.tensor(not kmeans_init))
+        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
+        self.register_buffer("embed_avg", embed.clone())
+        if learnable:
+            self.embed = nn.Parameter(embed)
+        else:
+            self.register_buffer("embed", embed)
+
+    @property
+    def has_dead_code_replacement(self) -> bool:
+        return self.threshold_ema_dead_code > 0
+
+    @property
+    def synced(self) -> bool:
+        """Whether statistics are summed over ranks, now."""
+        return self.sync_codebook is not False and world_size() > 1
+
+    def codes_for(self, batched: bool) -> Tensor:
+        """`embed` as the operators want it: `(H, K, D)` for batched rows, otherwise `(K, D)`."""
+        return self.embed if batched else self.embed[0]
+
+    @torch.no_grad()
+    def initialise(self, rows: Rows) -> None:
+        """k-means on the first rows that come, in training or not; later calls do nothing."""
+        if self._ready:
+            return
+        if bool(self.initted):
+            self._ready = True
+            return
+        joined = self.synced and self.sync_kmeans
+        if rows.number == 0 and not joined:
+            return  # the next batch may have rows
+        sample = sample_rows(rows, self.codebook_size, 0) if joined else rows
+        codes, _ = kmeans(
+            sample.values,
+            self.codebook_size,
+            iterations=self.kmeans_iters,
+            mask=sample.mask,
+            channel_dim=sample.channel_dim,
+            batched=sample.batched,
+            metric="cosine" if self.use_cosine_sim else "euclidean",
+        )
+        self.embed.copy_(codes.view_as(self.embed))
+        found = quantize_with_statistics(
+            rows.values,
+            self.codes_for(rows.batched),
+            mask=rows.mask,
+            metric="dot" if self.use_cosine_sim else "euclidean",
+            channel_dim=rows.channel_dim,
+        )
+        counts = sum_over_ranks(found.counts)[0] if joined else found.counts
+        # A code without rows starts with weight 1, as it does without k-means; weight 0 would make it a zero code.
+        self.cluster_size.copy_(counts.clamp_min(1))
+        self.embed_avg.copy_(self.embed * self.cluster_size.unsqueeze(-1))
+        self.update_ema()
+        self.initted.fill_(True)
+        self._ready = True
+
+    @torch.no_grad()
+    def learn(
+        self,
+        counts: Tensor,
+        sums: Tensor,
+        rows: Rows,
+        *,
+        weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
+        accumulate: bool = False,
+        ema_update: bool = True,
+    ) -> None:
+        """One step from counts `(h, K)` and sums `(h, K, D)` of the rows of each code.
+
+        Args:
+            weight: of this step in the averages, `(K,)` or `(h, K)`; or a function of sums and counts that returns it.
+            accumulate: only add to what the next step takes in, for gradient accumulation.
+            ema_update: write `embed`; without, only replace dead codes.
+        """
+        draw = torch.randint(0, _DRAWS, (), device=counts.device) if self.has_dead_code_replacement else None
+        numbers = None
+        if self.synced and draw is not None:
+            counts, sums, numbers, draw = sum_over_ranks(counts, sums, one_hot_rank(count_rows(rows)), draw)
+        elif self.synced:
+            counts, sums = sum_over_ranks(counts, sums)
+        if callable(weight):
+            weight = weight(sums, counts.to(self.cluster_size.dtype))
+        for average, new in ((self.cluster_size, counts), (self.embed_avg, sums)):
+            new = new.to(average.dtype)
+            if average.grad is not None:
+                new, average.grad = new + average.grad, None
+            if accumulate:
+                average.grad = new.clone()
+            else:
+                average.lerp_(new, (1 - self.decay) * _like(weight, average))
+        if accumulate:
+            return
+        if ema_update and not self.manual_ema_update:
+            self.update_ema()
+        if draw is not None and self.training:
+            self._expire(rows, draw, numbers)
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """`embed` from the averages: `embed_avg / n`, n the cluster sizes after Laplace smoothing by `eps`."""
+        total = self.cluster_size.sum(-1, keepdim=True)
+        smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
+        embed = self.embed_avg / smoothed.unsqueeze(-1)
+        self.embed.copy_(F.normalize(embed, dim=-1, eps=TINY) if self.use_cosine_sim else embed)
+
+    @torch.no_grad()
+    def expire(self, rows: Rows) -> None:
+        """Replaces codes with a cluster size below the threshold by rows; in training only."""
+        if not self.has_dead_code_replacement or not self.training:
+            return
+        draw = torch.randint(0, _DRAWS, (), device=rows.values.device)
+        numbers = None
+        if self.synced:
+            numbers, draw = sum_over_ranks(one_hot_rank(count_rows(rows)), draw)
+        self._expire(rows, draw, numbers)
+
+    def _expire(self, rows: Rows, draw: Tensor, rows_of_ranks: Tensor | None) -> None:
+        dead = self.cluster_size < self.threshold_ema_dead_code
+        if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
+            return
+        size = self.codebook_size
+        draws = hashed(0, draw, 2 * size + 1)
+        if rows_of_ranks is None:
+            candidates = draw_candidates(rows, draws)
+        else:
+            candidates = draw_candidates_over_ranks(rows, draws, rows_of_ranks)
+        replacement, take = _assign(dead, candidates, draws[size:-1])
+        replacement = replacement.to(self.embed_avg.dtype)
+        lasting = self.reset_cluster_size
+        self.embed.copy_(torch.where(take.unsqueeze(-1), replacement.to(self.embed.dtype), self.embed))
+        self.embed_avg.copy_(torch.where(take.unsqueeze(-1), replacement * lasting, self.embed_avg))
+        self.cluster_size.masked_fill_(take, lasting)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._ready = bool(self.initted)
+
+    def _apply(self, fn, recurse=True):
+        """Moves the state where `fn` moves it, but keeps floating buffers in float32 when a cast would go below."""
+        wide = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in wide.items():
+            moved = getattr(self, name)
+            if moved.dtype.itemsize < torch.float32.itemsize <= buffer.dtype.itemsize:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"codebook_size={self.codebook_size}, num_codebooks={self.num_codebooks}, decay={self.decay}"
+
+
+def _like(weight: Tensor | None, average: Tensor) -> Tensor:
+    """A weight of codes that broadcasts over `average`."""
+    if weight is None:
+        return average.new_ones(())
+    weight = weight.to(average.dtype)
+    weight = weight.unsqueeze(0) if weight.dim() == 1 else weight
+    if weight.shape != average.shape[:2]:
+        expected = f"[{average.shape[1]}] or {list(average.shape[:2])}"
+        raise ValueError(f"ema_update_weight must have shape {expected}, got {list(weight.shape)}")
+    return weight.view(*weight.shape, *[1] * (average.dim() - 2))
+
+
+def _assign(dead: Tensor, candidates: Candidates, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Row `(h, K, D)` for every code, and which codes `(h, K)` take theirs: as many dead ones as rows can be had.
+
+    The i-th dead code takes the i-th usable candidate, in a random order, so that no row is taken twice.
+    """
+    shuffled = order.argsort(stable=True)
+    unusable = candidates.usable[:, shuffled].logical_not()
+    places = shuffled[unusable.to(torch.uint8).argsort(dim=-1, stable=True)]
+    turn = (dead.cumsum(-1) - 1).clamp_min(0)
+    chosen = places.gather(1, turn)
+    rows = candidates.rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, candidates.rows.shape[-1]))
+    return rows, dead & (turn < candidates.usable.sum(-1, keepdim=True))

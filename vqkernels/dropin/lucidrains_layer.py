@@ -1,0 +1,339 @@
+"""`VectorQuantize` of lucidrains' vector-quantize-pytorch over the fused operators: its arguments, results and state.
+
+One fused pass gives codes, indices, commitment loss and the statistics of the moving averages; nothing of size N x K is
+built, in training or not. What the peer's users rely on is kept: the codes looked up in training are those before the
+update; the loss is 0 in eval mode; a gradient reaches the input in training only, by the rotation trick unless told
+otherwise. What differs, on purpose: ties go to the lowest index, the forward value in training is the code itself, bit
+for bit (also for a zero row, which the peer turns into zeros), index -1 decodes to zeros, and cross entropy and the
+orthogonal loss have their gradient at the codes that gave them, which the peer may overwrite before its backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..nn.checks import check_channels
+from ..nn.heads import Heads, Rows
+from ..nn.keep import keep
+from ..nn.lookup import look_up
+from ..nn.masks import row_mask, zero_masked
+from ..nn.normalisation import unit
+from ..nn.orthogonal import orthogonal_loss
+from ..ops.quantize import Quantization, quantize_with_statistics
+from ..ops.statistics import codebook_statistics
+from .lucidrains_logits import cross_entropy, draw_codes
+from .lucidrains_options import ConfiguredQuantizer, refuse
+from .lucidrains_rows import as_peer_rows, canonical, directional
+
+
+class LossBreakdown(NamedTuple):
+    """The parts of the loss, each before its weight; 0-d."""
+
+    commitment: Tensor
+    codebook_diversity: Tensor
+    orthogonal_reg: Tensor
+    inplace_optimize: Tensor
+
+
+class Step(NamedTuple):
+    """What one forward knows."""
+
+    x: Tensor
+    mask: Tensor | None  # of x's shape without channels
+    heads: Heads
+    rows: Rows
+    embed: Tensor  # the codes that were looked up, before any update
+    result: Quantization
+    quantized: Tensor  # with its gradient, laid out like `rows.values`
+    indices: Tensor  # as `forward` returns them
+    freeze: bool
+
+
+class VectorQuantize(ConfiguredQuantizer):
+    """Stands in for `vector_quantize_pytorch.VectorQuantize`: same arguments, defaults, results and state dict.
+
+    The arguments are the peer's. Not supported, and refused by name with a ValueError: `straight_through` (of Gumbel),
+    `codebook_diversity_loss_weight`, `vq_bridge`, `in_place_codebook_optimizer`, `affine_param`; and in `forward`
+    `topk` and `codebook_transform_fn`. `sync_codebook=None` asks for a process group in every forward. Masks and
+    lengths work with every layout, heads and projections. `directional_reparam` works without dead-code replacement.
+
+    State: `_codebook` as in `Codebook`; `project_in`, `project_out` where `codebook_dim * heads` is not `dim`.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        topk: int | None = None,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool | None = None,
+        return_loss_breakdown: bool = False,
+        codebook_transform_fn: Callable[..., Any] | None = None,
+        ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+    ) -> Any:
+        """Quantizes x.
+
+        Args:
+            x: `(B, N, dim)` or `(B, dim)`; `(B, dim, N)` with channel_last=False; `(B, dim, H, W)` or
+                `(B, dim, D, H, W)` for images and volumes.
+            indices: codes to compare with, shaped as `forward` returns them, -1 where there is none.
+            mask, lens: bool, x's shape without channels, or int `(B,)`: which rows count.
+            sample_codebook_temp: in the place of the layer's, where codes are sampled.
+            freeze_codebook: leave the codebook and its averages as they are.
+            ema_update_weight, accum_ema_update, ema_update: as `weight`, `accumulate` and `ema_update` of
+                `Codebook.learn`.
+
+        Returns:
+            quantized: x's shape and dtype; masked rows are zeros, or x where `return_zeros_for_masked_padding=False`.
+            indices: int64, x's shape without channels, with several heads a last axis more; -1 where masked.
+            loss: 0-d, with a gradient in training, 0 in eval mode; then the `LossBreakdown` if asked for.
+            With `indices` instead: the codes of the rows as the peer lays them out, and their mean cross entropy.
+        """
+        refuse(topk=topk, codebook_transform_fn=codebook_transform_fn)
+        step = self.step(
+            x,
+            mask=mask,
+            lens=lens,
+            sample_codebook_temp=sample_codebook_temp,
+            freeze_codebook=freeze_codebook,
+            ema_update_weight=ema_update_weight,
+            accum_ema_update=accum_ema_update,
+            ema_update=ema_update,
+        )
+        if indices is not None:
+            values = step.quantized.to(x.dtype)
+            return as_peer_rows(values, step.rows, step.heads), self.cross_entropy(step, indices)
+        loss, parts = self.loss(step)
+        results = (self.output(step), step.indices, loss)
+        return (*results, parts) if return_loss_breakdown else results
+
+    def step(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool | None = None,
+        ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+    ) -> Step:
+        """One forward without its results: finds codes, then in training updates the codebook."""
+        freeze = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        heads, mask = self._layout(x, mask, lens)
+        rows = self._rows(x, mask, heads)
+        codebook = self._codebook
+        codebook.initialise(rows)
+        ema_update = codebook.ema_update if ema_update is None else ema_update
+        learns = self.training and not freeze and (ema_update or codebook.has_dead_code_replacement)
+        embed = codebook.codes_for(rows.batched)
+        # The backward pass needs the codes that were looked up, and this forward or a later one overwrites them.
+        embed = keep(embed) if self._is_overwritten or (learns and torch.is_grad_enabled()) else embed
+        result = self._quantize(rows, embed, freeze, learns, sample_codebook_temp)
+        if learns:
+            shape = codebook.embed.shape
+            codebook.learn(
+                result.counts.view(shape[:2]),
+                result.sums.view(shape),
+                rows,
+                weight=ema_update_weight,
+                accumulate=accum_ema_update,
+                ema_update=ema_update,
+            )
+        quantized = self._with_gradient(x, rows, embed, result)
+        return Step(x, mask, heads, rows, embed, result, quantized, heads.join_indices(result.indices), freeze)
+
+    @property
+    def _is_overwritten(self) -> bool:
+        """Whether the codes that a backward pass will need may be overwritten before it."""
+        codebook = self._codebook
+        writes = codebook.ema_update or codebook.has_dead_code_replacement
+        return self.training and writes and torch.is_grad_enabled()
+
+    def _layout(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Heads, Tensor | None]:
+        """Where x keeps its channels, and which of its rows count."""
+        channel_dim = check_channels(x, self.dim, 1 if self._channels_first and x.dim() > 2 else -1)
+        if lens is not None and (self.accept_image_fmap or self.accept_3d_fmap):
+            raise ValueError("lens is for sequences: give a mask for images and volumes")
+        mask = row_mask(x, channel_dim, mask, lens)
+        return Heads(self.heads, self.separate_codebook_per_head and self.heads > 1, channel_dim), mask
+
+    def _rows(self, x: Tensor, mask: Tensor | None, heads: Heads) -> Rows:
+        """x -> rows in the space of the codes, split among heads."""
+        inner = x
+        if self.has_projections or self.use_cosine_sim:
+            # A masked row may hold a NaN, and 0 * NaN would reach the weights' gradient.
+            inner = zero_masked(x, mask, heads.channel_dim)
+        if self.has_projections:
+            inner = self.project_in(inner.movedim(heads.channel_dim, -1)).movedim(-1, heads.channel_dim)
+        # Autocast narrows a projection; codes are looked up in x's precision.
+        rows = heads.split(inner.to(torch.promote_types(inner.dtype, x.dtype)), mask)
+        return rows._replace(values=unit(rows.values, rows.channel_dim)) if self.use_cosine_sim else rows
+
+    def _quantize(
+        self, rows: Rows, embed: Tensor, freeze: bool, statistics: bool, temperature: float | None
+    ) -> Quantization:
+        temperature = self.sample_codebook_temp if temperature is None else temperature
+        drawn = None
+        if self.stochastic_sample_codes and self.training and temperature > 0:
+            values = canonical(rows.values, rows)
+            codes = embed if rows.batched else embed.unsqueeze(0)
+            drawn = draw_codes(values, codes, temperature, self.use_cosine_sim)
+            drawn = drawn.view(rows.values.movedim(rows.channel_dim, -1).shape[:-1])
+            drawn = drawn if rows.mask is None else torch.where(rows.mask, drawn, -1)
+        trains = self.training and self.learnable_codebook and not freeze and self.has_commitment_loss
+        return quantize_with_statistics(
+            rows.values if self.training else rows.values.detach(),
+            embed if trains else embed.detach(),
+            mask=rows.mask,
+            metric="dot" if self.use_cosine_sim else "euclidean",
+            gradient="rotation" if self.rotation_trick else "straight_through",
+            channel_dim=rows.channel_dim,
+            statistics=statistics,
+            indices=drawn,
+        )
+
+    def _with_gradient(self, x: Tensor, rows: Rows, embed: Tensor, result: Quantization) -> Tensor:
+        """The codes of the rows, with the gradient that this layer gives them; laid out like `rows.values`."""
+        routes = self.training and x.requires_grad and self.route_gradients_to_input
+        if routes and not self.directional_reparam:
+            quantized = result.quantized
+        elif torch.is_grad_enabled() and embed.requires_grad:
+            indices = result.indices.movedim(0, -1) if rows.batched else result.indices
+            codes = look_up(embed, indices)
+            codes = codes.movedim(-2, 0) if rows.batched else codes
+            quantized = codes.movedim(-1, rows.channel_dim)
+            if routes:
+                quantized = directional(rows.values, quantized, rows.channel_dim, self.directional_reparam_variance)
+        else:
+            quantized = result.quantized.detach()
+        if self.training and self.sync_update_v > 0:
+            quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
+        return quantized
+
+    def loss(self, step: Step) -> tuple[Tensor, LossBreakdown]:
+        """The weighted sum and its parts; zeros in eval mode."""
+        dtype = torch.promote_types(self._codebook.embed.dtype, torch.float32)
+        zero = torch.zeros((), dtype=dtype, device=step.x.device)
+        loss = commitment = orthogonal = zero
+        if self.training and self.has_commitment_loss:
+            commitment = self._commitment(step)
+            loss = loss + commitment * self.commitment_weight
+        if self.training and self.has_codebook_orthogonal_loss:
+            orthogonal = self._orthogonal(step.result.indices, step.rows.batched)
+            loss = loss + orthogonal * self.orthogonal_reg_weight
+        if self.training and torch.is_grad_enabled() and not loss.requires_grad and not torch.compiler.is_compiling():
+            loss = loss.detach().requires_grad_()  # a training loss can always be asked for its gradient
+        return loss, LossBreakdown(commitment, zero, orthogonal, zero)
+
+    def _commitment(self, step: Step) -> Tensor:
+        if self.commitment_use_cross_entropy_loss:
+            return self.cross_entropy(step, step.indices)
+        if step.mask is not None and self.use_cosine_sim and self.heads == 1 and not self.has_projections:
+            # The peer measures masked batches against x before it is scaled to length one.
+            given, axis = step.result.indices, step.heads.channel_dim
+            return quantize_with_statistics(
+                step.x, step.embed.detach(), channel_dim=axis, statistics=False, indices=given
+            ).commitment_loss
+        result = step.result
+        if self.learnable_codebook and not step.freeze:  # one squared error, with a gradient on both sides
+            return result.commitment_loss + (result.codebook_loss - result.codebook_loss.detach())
+        return result.commitment_loss
+
+    def _orthogonal(self, indices: Tensor, batched: bool) -> Tensor:
+        """Of all codes, of those that this batch uses, or of a random choice among them."""
+        embed = self._codebook.embed
+        size, most = self.codebook_size, self.orthogonal_reg_max_codes
+        embed = keep(embed) if self._is_overwritten else embed
+        if not self.orthogonal_reg_active_codes_only:
+            if most is not None and size > most:
+                embed = embed[:, torch.randperm(size, device=embed.device)[:most]]
+            return orthogonal_loss(embed)
+        if batched:
+            raise ValueError("orthogonal_reg_active_codes_only does not go with separate_codebook_per_head")
+        used = torch.zeros(size + 1, dtype=torch.bool, device=embed.device)
+        used = used.scatter(0, indices.flatten() % (size + 1), True)[:-1]  # -1 goes to a place of its own
+        if most is not None and size > most:
+            chosen = torch.where(used, torch.rand(size, device=embed.device), -1.0).topk(most).indices
+            used = used & torch.zeros_like(used).scatter(0, chosen, True)
+        return orthogonal_loss(embed, used.unsqueeze(0))
+
+    def cross_entropy(self, step: Step, targets: Tensor) -> Tensor:
+        """Of the rows against codes shaped as `forward` returns them, or with their positions flattened."""
+        rows = step.rows
+        targets = targets.movedim(-1, 0) if rows.batched else targets
+        values = canonical(rows.values, rows, step.heads)
+        if targets.numel() != values.shape[:2].numel():
+            raise ValueError(f"indices must be shaped {list(step.indices.shape)}, got {list(targets.shape)}")
+        codes = step.embed if rows.batched else step.embed.unsqueeze(0)
+        codes = codes if self._codebook.learnable_codebook else codes.detach()
+        return cross_entropy(values, codes, targets.reshape(values.shape[:2]), self.use_cosine_sim)
+
+    def output(self, step: Step) -> Tensor:
+        """The codes of a step laid out like x."""
+        x, mask, axis = step.x, step.mask, step.heads.channel_dim
+        quantized = step.heads.join(step.quantized.to(x.dtype))
+        if self.has_projections:
+            quantized = self.project_out(quantized.movedim(axis, -1)).movedim(-1, axis)
+        if mask is None or (self.return_zeros_for_masked_padding and not self.has_projections):
+            return quantized
+        padding = torch.zeros_like(quantized) if self.return_zeros_for_masked_padding else x
+        return torch.where(mask.unsqueeze(axis), quantized, padding)
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes of indices as `forward` returns them, channels where x has them; -1 gives zeros.
+
+        With several heads their codes are joined if each has its codebook, and otherwise keep an axis H before D.
+        """
+        separate = self.separate_codebook_per_head and self.heads > 1
+        codes = look_up(self._codebook.codes_for(separate), indices)
+        codes = codes.flatten(-2) if separate else codes
+        return codes.movedim(-1, 1) if self._channels_first else codes
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What `forward` gives for these indices in eval mode, laid out like x."""
+        codes = look_up(self._codebook.codes_for(self.separate_codebook_per_head and self.heads > 1), indices)
+        codes = self.project_out(codes.flatten(-2) if self.heads > 1 else codes)
+        return codes.movedim(-1, 1) if self._channels_first else codes
+
+    @torch.no_grad()
+    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
+        """One step of the codebook from rows and codes that were chosen elsewhere; -1 counts nowhere."""
+        heads, mask = self._layout(x, mask, None)
+        rows = self._rows(x, mask, heads)
+        if self.heads > 1:
+            indices = indices.movedim(-1, 0 if rows.batched else heads.channel_dim)
+        shape = self._codebook.embed.shape
+        counts, sums = codebook_statistics(
+            rows.values,
+            indices.contiguous(),
+            self.codebook_size,
+            mask=rows.mask,
+            channel_dim=rows.channel_dim,
+            batched=rows.batched,
+        )
+        if self.ema_update or self._codebook.has_dead_code_replacement:
+            update = self.ema_update
+            self._codebook.learn(counts.view(shape[:2]), sums.view(shape), rows, ema_update=update)
+
+    update_ema_indices = update_indices
+
+    @torch.no_grad()
+    def expire_codes_(self, x: Tensor) -> None:
+        """Replaces dead codes by rows of x `(B, N, D H)`, which is in the space of the codes; in training only."""
+        rows = Heads(self.heads, self.separate_codebook_per_head and self.heads > 1, x.dim() - 1).split(x, None)
+        rows = rows._replace(values=unit(rows.values, rows.channel_dim)) if self.use_cosine_sim else rows
+        self._codebook.expire(rows)
+
+    def update_in_place_optimizer(self) -> None:
+        """Nothing: an optimizer of the codebook inside the layer is not supported."""
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.codebook_size}, heads={self.heads}, commitment_weight={self.commitment_weight}"
