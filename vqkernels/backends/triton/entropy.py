@@ -136,7 +136,7 @@ def entropy_backward(
         lift, logit = row_lifts(packed, rows, row_entropy, log_partition, log_mean.to(packed.bias.dtype), grads)
         partial, _, splits = gradient(packed, alpha, logit, lift, sink, of_codes=False)
         row_finish_kernel[(triton.cdiv(rows, KEY_ROWS), heads)](
-            partial, factor, row_entropy, log_partition, grad_z,
+            partial, factor, packed.status, row_entropy, grad_z,
             rows, packed.padded_rows, positions, splits, *grad_z.stride(),
             DIM=dim, PADDED=packed.padded, BM=KEY_ROWS, BD=slab(dim), INTERPRETED=interpreted(),
             **registers(True), **FUSED_ROUNDING,

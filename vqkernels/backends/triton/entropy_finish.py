@@ -14,7 +14,7 @@ from vqkernels.backends.triton.rows import row_offsets, working
 
 @triton.jit
 def row_finish_kernel(
-    partial, factor, entropy, partition, grad_z,
+    partial, factor, status, entropy, grad_z,
     rows, padded_rows, positions, splits, stride_b, stride_h, stride_p, stride_d,
     DIM: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -22,13 +22,13 @@ def row_finish_kernel(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = row < rows
     scaled = tl.load(factor + head)
-    bad = tl.load(entropy + head.to(tl.int64) * rows + row, mask=inside, other=0.0)
-    bad = bad != bad
-    counts = tl.load(partition + head.to(tl.int64) * rows + row, mask=inside, other=-NEVER) < -0.5 * NEVER
+    kind = tl.load(status + head.to(tl.int64) * padded_rows + row, mask=inside, other=0)
+    own = tl.load(entropy + head.to(tl.int64) * rows + row, mask=inside, other=0.0)
+    bad = (kind == 2) | (own != own)
     grad_z += row_offsets(row, positions, stride_b, stride_p)[:, None] + head.to(tl.int64) * stride_h
     for start in range(0, DIM, BD):
         d = start + tl.arange(0, BD)
-        read = (inside & counts)[:, None] & (d < DIM)[None, :]
+        read = (kind == 1)[:, None] & (d < DIM)[None, :]
         total = tl.zeros((BM, BD), tl.float64)
         for split in range(splits):
             at = (split * tl.num_programs(1) + head).to(tl.int64) * padded_rows + row

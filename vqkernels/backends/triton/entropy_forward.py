@@ -109,14 +109,15 @@ def partition_merge_kernel(
     total = tl.where(some, total, 1.0)
     bits = tl.log2(total)
     entropy = (bits - tilt / total) * 0.6931471805599453
-    entropy = tl.where(some, tl.where(entropy < 0.0, 0.0, entropy), 0.0)  # rounding may leave -0.0...; NaN stays
+    entropy = tl.where(some, tl.where(entropy < 0.0, 0.0, entropy), 0.0)  # rounding may leave less; NaN stays
     kind = tl.load(status + head.to(tl.int64) * padded_rows + row, mask=inside, other=0)
-    entropy = tl.where(kind == 1, entropy, tl.where(kind == 2, float("nan"), 0.0))
+    entropy = tl.where(kind == 1, entropy, 0.0)
     partition = tl.where((kind == 1) & some & (entropy == entropy), top + bits, -NEVER)
     at = head.to(tl.int64) * rows + row
     tl.store(entropy_out + at, entropy, mask=inside)
     tl.store(partition_out + at, partition, mask=inside)
-    tl.store(partial_entropy + head * tl.num_programs(0) + tl.program_id(0), tl.sum(entropy.to(tl.float64), axis=0))
+    entropy = tl.where(kind == 2, float("nan"), entropy).to(tl.float64)
+    tl.store(partial_entropy + head * tl.num_programs(0) + tl.program_id(0), tl.sum(entropy, axis=0))
 
 
 @triton.jit
