@@ -108,7 +108,7 @@ def products(one: Launch, capability: tuple[int, int]) -> int:
 def check(
     counts: collections.Counter[str], one: Launch, capability: tuple[int, int], scores: float
 ) -> None:  # fmt: skip
-    """Refuse a count without every product: one FFMA per score and channel, or the matrix instructions there must be."""
+    """Refuse a count without every product: one FFMA per score and channel, or as many matrix instructions."""
     constants = one.constants
     matrix = sum(count for name, count in counts.items() if matrix_instructions([name]))
     if matrix:

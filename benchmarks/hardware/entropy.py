@@ -1,5 +1,5 @@
-"""The entropy kernels on a GPU: right first (against float64, without waiting, bits repeated by a CUDA graph), then timed
-beside plain PyTorch, which holds the N x K matrix several times.
+"""The entropy kernels on a GPU: right first (against float64, without waiting, bits repeated by a CUDA graph), then
+timed beside plain PyTorch, which holds the N x K matrix several times.
 """
 
 from collections.abc import Callable, Iterator
@@ -128,7 +128,11 @@ def _graph(setting: Setting) -> Row:
             torch.cuda.set_sync_debug_mode("default")
     same = [torch.equal(one, other) for one, other in zip(first, again, strict=True)]
     same += [torch.equal(one, other) for one, other in zip(first, replayed(setting, step)(), strict=True)]
-    return {"what": "entropy repeats its bits, also in a CUDA graph", "ok": all(same) and problem is None, "why": problem}
+    return {
+        "what": "entropy repeats its bits, also in a CUDA graph",
+        "ok": all(same) and problem is None,
+        "why": problem,
+    }
 
 
 def entropy_times(setting: Setting) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""The entropy kernels behind torch's dispatcher, under a namespace of the test's own: layouts, heads, shapes, strides."""
+"""The entropy kernels behind torch's dispatcher, under a namespace of the test's own: layouts, heads, shapes."""
 
 import pytest
 import torch

@@ -5,11 +5,11 @@
     entropy_backward.py  the gradients, by recomputing the probabilities
     entropy_finish.py    partial sums to the tensors asked for
 
-Accuracy. Products, logits and probabilities are float32 (sums over tiles float64), float64 where z or the codebook is,
-and for inputs that are both bf16 or both fp16 exact products with the tensor core's float32 sums. A logit then carries
-an absolute error of about 2^-23 |z||e|/τ after centring, and a probability the same relative one.
-Scratch is O((N + K)·D): the packed operands, and partial results of at most 1 + N/K splits of rows and 1 + K/N of codes.
-No step waits for the device.
+Accuracy. Products, logits and probabilities are float32 (never TF32; sums across programs float64), float64 where z or
+the codebook is. Inputs that are both bf16 or both fp16 have exact products and the tensor core's float32 sums. A logit
+then carries an absolute error of about 2^-23 |z||e|/τ after centring, and a probability the same relative one.
+Scratch is O((N + K)·D): the packed operands, and partial results of at most 1 + N/K splits of the rows or 1 + K/N of
+the codes. No step waits for the device.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def pack(
 
 
 def shared_out(packed: Operands, passing_codes: bool, block: int, passing: int, slices: int = 1) -> tuple[int, int]:
-    """(tiles of the passing side per split, splits): two programs per multiprocessor, within O((N + K)·D) of scratch."""
+    """(tiles of the passing side per split, splits): two programs per multiprocessor, scratch within O((N + K)·D)."""
     codes, rows = packed.padded_codes, packed.padded_rows
     resident, moving = (rows, codes) if passing_codes else (codes, rows)
     tiles = moving // passing
@@ -282,7 +282,10 @@ def gradient(
     config, heads = packed.config, len(packed.bias)
     slices = packed.padded // config.gradient_dim
     per_split, splits = shared_out(packed, not of_codes, config.resident, config.gradient_passing, slices)
-    of_rows, codes = (packed.rows, logit, lift, packed.padded_rows), (packed.codes, packed.bias, sink, packed.padded_codes)
+    of_rows, codes = (
+        (packed.rows, logit, lift, packed.padded_rows),
+        (packed.codes, packed.bias, sink, packed.padded_codes),
+    )
     left, right = (codes, of_rows) if of_codes else (of_rows, codes)
     partial = packed.bias.new_empty(splits, heads, left[3], packed.padded)
     sums = packed.bias.new_empty((splits, heads, left[3]) if of_codes else 0)

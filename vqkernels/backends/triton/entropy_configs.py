@@ -1,4 +1,4 @@
-"""Tile shapes of the entropy kernels, by architecture family and the type that is multiplied: a table, as in configs.py.
+"""Tile shapes of the entropy kernels, by architecture family and operand type: a table, as in configs.py.
 
 16-bit operands go to the tensor core. float32 operands do not: TF32 would lose 13 bits, and logits are divided by the
 temperature, so an error of 2^-11 of |z||e| is an error of the probabilities a hundred times that at a temperature of

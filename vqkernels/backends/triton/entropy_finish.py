@@ -1,7 +1,7 @@
-"""The last step of the entropy gradients: partial sums of the splits, in order and in float64, to the tensors asked for.
+"""The last step of the entropy gradients: partial sums of the splits, in order, in float64, to the tensors asked for.
 
-Traffic: the partial sums once (splits x vectors x D), the results once. A masked row gets exactly 0, a row with a NaN or
-an infinity NaN, a code with one 0, whatever the incoming gradients are.
+Traffic: the partial sums once (splits x vectors x D), the results once. A masked row gets exactly 0, a row with a NaN
+or an infinity NaN, a code with one 0, whatever the incoming gradients are.
 """
 
 import triton

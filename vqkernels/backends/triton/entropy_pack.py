@@ -9,8 +9,9 @@ sweeps neither mask nor check:
         codes with a NaN or an infinity, so that their probability is 0
     status (H R',): 0 for a masked row (never read) and for padding, 1 for a row that counts, 2 for one with a NaN or an
         infinity
-Codes, and for the euclidean metric rows, have a centre subtracted (pack.py, centre_kernel) unless they are 16 bits wide:
-the logits of a row change by one constant, which the softmax ignores, and a common offset no longer uses up the bits.
+Codes, and for the euclidean metric rows, have a centre subtracted (pack.py, centre_kernel) unless they are 16 bits
+wide: the logits of a row change by one constant, which the softmax ignores, and a common offset no longer uses up the
+bits.
 """
 
 import triton
