@@ -6,7 +6,7 @@ One line per chip, operand type, D and sweep: what one score, a (row, code) pair
 `partition` and `mean`, a backward pass `shift`, `gradient of z` and `gradient of the codebook`.
 
 Pipe model, as in triton_budget.py, with two more pipes. A warp instruction makes 32 scores, so
-    cycles per score = max(all, 2 · half-rate, 8 · special functions, on sm_80 also 2 · float32) / scores
+    cycles per score = max(all, 2 · half-rate, 8 · special functions, float32 (2 · on sm_80)) / scores
 with counts per warp over the loop around a tile: its body once, and the loop over slices of D inside it as often as
 it runs. Special functions (the exponential) leave 16 lanes of a multiprocessor per cycle, hence the 8; sm_80 has 64
 float32 lanes, hence the 2. The tensor core's own time overlaps. Nothing here is a time measured on a GPU.
@@ -31,7 +31,7 @@ from benchmarks.triton_budget import (
     recorded,
 )
 
-FLOAT_PIPE = {"FFMA", "FADD", "FMUL"}
+FLOAT_PIPE = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}  # sm_100 has pairs
 OPERANDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIMS = (32, 64, 256)
 ROWS, CODES = 65536, 16384
@@ -58,7 +58,12 @@ def sweeps(capability: tuple[int, int], kind: torch.dtype, dim: int) -> dict[str
 
 def slices_per_pass(opcodes: list[str], scores: float, depth: int) -> int:
     """How many slices of D one pass of a loop multiplies, from its FFMAs per thread: `depth` channels per slice."""
-    return round(opcodes.count("FFMA") / (scores * depth))
+    return round(fmas(collections.Counter(opcodes)) / (scores * depth))
+
+
+def fmas(counts: collections.Counter[str]) -> int:
+    """float32 multiply-adds of a thread."""
+    return sum(FLOAT_PIPE[name.split(".")[0]] * count for name, count in counts.items() if name.startswith("FFMA"))
 
 
 def tile_counts(sass: str, one: Launch, capability: tuple[int, int]) -> collections.Counter[str]:
@@ -116,8 +121,8 @@ def check(
             raise ValueError(f"{matrix} matrix instructions in a tile that takes {products(one, capability)}")
         return
     channels = constants["PADDED"] + constants.get("BO", 0)
-    if not channels <= counts["FFMA"] / scores <= channels + 12:
-        raise ValueError(f"{counts['FFMA'] / scores} FFMAs per score of {channels} products")
+    if not channels <= fmas(counts) / scores <= channels + 12:
+        raise ValueError(f"{fmas(counts) / scores} FFMAs per score of {channels} products")
 
 
 def line(one: Launch, capability: tuple[int, int]) -> dict[str, Any]:
@@ -130,8 +135,8 @@ def line(one: Launch, capability: tuple[int, int]) -> dict[str, Any]:
     for name, count in counts.items():
         short[name.split(".")[0]] += count
     half = sum(short[name] for name in HALF_RATE)
-    floats = sum(short[name] for name in FLOAT_PIPE)
-    pipes = [counts.total(), 2 * half, 8 * short["MUFU"], 2 * floats if capability == (8, 0) else 0]
+    floats = sum(times * short[name] for name, times in FLOAT_PIPE.items())
+    pipes = [counts.total(), 2 * half, 8 * short["MUFU"], 2 * floats if capability == (8, 0) else floats]
     return {
         "tile": f"{constants['BM']}x{constants['BK']}",
         "warps": warps,

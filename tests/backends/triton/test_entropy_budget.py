@@ -63,13 +63,13 @@ def test_every_sweep_has_its_line():
 
 
 def test_the_table_is_within_the_limits():
-    """In 16 bits two exponentials, forward, are all but the whole cost; in float32 FMAs are: at most a quarter more
-    than the products themselves where D is not small."""
+    """Forward, in 16 bits, two exponentials are all but the whole cost. In float32 the products are most of it: two of
+    D channels forward, five backward."""
     for dim in (32, 64):
         assert cycles(90, "bf16", dim, FORWARD) <= 18
         assert cycles(90, "bf16", dim, BACKWARD) <= 42
-    assert cycles(90, "fp32", 64, FORWARD) <= 1.25 * 2 * 64
-    assert cycles(90, "fp32", 64, BACKWARD) <= 1.25 * 5 * 64
+    assert cycles(90, "fp32", 64, FORWARD) <= 1.4 * 2 * 64
+    assert cycles(90, "fp32", 64, BACKWARD) <= 1.3 * 5 * 64
     for chip in (80, 90, 100):
         # the gradient of D = 256 is made in four slices of 64 channels, each with the logits anew
         assert LINES[f"sm_{chip} fp32 D=256 gradient of z"]["float32"] <= 256 + 64 + 12
