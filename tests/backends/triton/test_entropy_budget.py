@@ -73,7 +73,7 @@ def test_the_table_is_within_the_limits():
     for chip in (80, 90, 100):
         # the gradient of D = 256 is made in four slices of 64 channels, each with the logits anew
         assert LINES[f"sm_{chip} fp32 D=256 gradient of z"]["float32"] <= 256 + 64 + 12
-        assert LINES[f"sm_{chip} bf16 D=64 partition"]["special"] <= 1.1
+        assert LINES[f"sm_{chip} bf16 D=64 partition"]["special"] <= 1.15
 
 
 def test_the_count_does_not_rise_on_sm_90():
