@@ -3,7 +3,8 @@
     python -m benchmarks.entropy_budget           print the table
 
 One line per chip, operand type, D and sweep: what one score, a (row, code) pair, costs in that sweep. A forward pass is
-`partition` and `mean`, a backward pass `shift`, `gradient of z` and `gradient of the codebook`.
+`partition` and `mean`, a backward pass `shift`, `gradient of z` and `gradient of the codebook`. The gradients are made
+in slices of D, each with the scores anew, which the cost includes.
 
 Pipe model, as in triton_budget.py, with two more pipes. A warp instruction makes 32 scores, so
     cycles per score = max(all, 2 · half-rate, 8 · special functions, float32 (2 · on sm_80)) / scores
@@ -130,6 +131,7 @@ def line(one: Launch, capability: tuple[int, int]) -> dict[str, Any]:
     program = compile_launch(one, capability)
     constants, warps = one.constants, one.options["num_warps"]
     scores = constants["BM"] * constants["BK"] / 32 / warps
+    scores /= constants["PADDED"] // constants.get("BO", constants["PADDED"])  # so often is a score made
     counts = tile_counts(program.sass, one, capability)
     short = collections.Counter[str]()
     for name, count in counts.items():

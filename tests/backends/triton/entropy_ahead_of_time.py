@@ -32,7 +32,7 @@ OURS = SWEEPS | {
 }  # fmt: skip
 PRODUCTS = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma.sync": r"\bmma\.sync"}
 QUICK = (Regime(dim=32, masked=True, metric="dot"),)
-DIMS = {FLOAT: (3, 64, 128, 257), BRAIN: (3, 64, 257), DOUBLE: (64, 257), HALF: (64,)}
+DIMS = {FLOAT: (3, 64, 128, 257, 512), BRAIN: (3, 64, 257, 512), DOUBLE: (64, 257), HALF: (64,)}
 # one row and one code; sizes and tiles per split that 16 divides or not
 SIZES = ((1, 1), (101, 300), (4096, 16384), (2**27, 512))
 

@@ -33,18 +33,18 @@ class EntropyConfig:
 # family -> operand type -> (BM, BK, BD, BK and BO of the gradient, warps, stages)
 TABLE: dict[int, dict[str, tuple[int, int, int, int, int, int, int]]] = {
     80: {
-        "half": (64, 64, 64, 32, 64, 4, 3),
-        "single": (64, 64, 16, 32, 64, 4, 2),
+        "half": (64, 64, 64, 32, 128, 4, 3),
+        "single": (64, 64, 16, 32, 128, 4, 2),
         "double": (32, 32, 16, 16, 32, 4, 2),
     },
     90: {
-        "half": (64, 128, 64, 64, 64, 4, 3),
-        "single": (64, 64, 16, 32, 64, 4, 2),
+        "half": (64, 128, 64, 64, 128, 4, 3),
+        "single": (64, 64, 16, 32, 128, 4, 2),
         "double": (32, 32, 16, 16, 32, 4, 2),
     },
     100: {
-        "half": (128, 64, 64, 64, 64, 8, 3),
-        "single": (64, 64, 16, 32, 64, 4, 2),
+        "half": (128, 64, 64, 64, 128, 8, 3),
+        "single": (64, 64, 16, 32, 128, 4, 2),
         "double": (32, 32, 16, 16, 32, 4, 2),
     },
 }
@@ -58,6 +58,7 @@ def entropy_config(capability: tuple[int, int] | str, operand_bytes: int, padded
     resident, passing, slice_dim, gradient_passing, gradient_dim, warps, stages = TABLE[kind][
         {2: "half", 4: "single", 8: "double"}[operand_bytes]
     ]
-    return EntropyConfig(
-        resident, passing, min(slice_dim, padded), gradient_passing, min(gradient_dim, padded), warps, stages
-    )
+    gradient_dim = min(gradient_dim, padded)
+    if padded % gradient_dim:
+        gradient_dim = 64  # beyond 128, D' is a multiple of that
+    return EntropyConfig(resident, passing, min(slice_dim, padded), gradient_passing, gradient_dim, warps, stages)
