@@ -76,6 +76,7 @@ def test_the_table_is_within_the_limits():
         assert LINES[f"sm_{chip} bf16 D=64 partition"]["special"] <= 1.15
 
 
+@pytest.mark.slow
 def test_the_count_does_not_rise_on_sm_90():
     needs_the_tables_triton()
     assert risen(measure([(9, 0)], [32])) == []
