@@ -14,7 +14,8 @@ Beyond, the product loops over slices of D inside the loop over tiles, with the 
 is counted once and the inner body as often as it runs, which the number of matrix instructions tells (what a tile
 needs, less those outside of the inner loop, over those in it; a remainder is an error). Waits that stand out of line
 count nothing. The tensor core's own time, D/16 cycles per score for 16-bit operands on sm_90, overlaps with it when two
-programs share a multiprocessor. Nothing here is a time measured on a GPU.
+programs share a multiprocessor. Nothing here is a time measured on a GPU. entropy_budget.py counts the entropy kernels
+for the same table.
 """
 
 from __future__ import annotations
@@ -275,9 +276,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
-    result = table(list(CHIPS))
-    for name, line in result["search_kernel"].items():
-        print(f"{name:28s}", "  ".join(f"{key} {value}" for key, value in line.items()))
+    from benchmarks import entropy_budget
+
+    result = table(list(CHIPS)) | {"entropy": entropy_budget.table(list(CHIPS))}
+    for name, line in (result["search_kernel"] | result["entropy"]).items():
+        print(f"{name:44s}", "  ".join(f"{key} {value}" for key, value in line.items()))
     if arguments.write:
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(json.dumps(result, indent=1) + "\n")

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-STEPS = {"correctness", "accumulation", "grid", "model", "questions"}
+STEPS = {"correctness", "accumulation", "grid", "model", "questions", "entropy", "entropy times"}
 
 
 def command(out, *options, **environment):

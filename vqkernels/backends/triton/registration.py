@@ -120,6 +120,47 @@ def _statistics(
     )
 
 
+def _entropy(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    return _kernels("entropy").entropy(layout.rows(z), _heads(codebook), _mask(layout, mask), metric, temperature)
+
+
+def _entropy_backward(
+    grad_sample: Tensor,
+    grad_codebook_entropy: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    row_entropy: Tensor,
+    log_partition: Tensor,
+    mean_assignment: Tensor,
+    channel_dim: int,
+    metric: str,
+    temperature: float,
+    codebook_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    out = empty_rows(z, layout)
+    view = layout.rows(out)
+    _, grad_codebook = _kernels("entropy").entropy_backward(
+        grad_sample,
+        grad_codebook_entropy,
+        layout.rows(z),
+        _heads(codebook),
+        _mask(layout, mask),
+        row_entropy.contiguous(),
+        log_partition.contiguous(),
+        mean_assignment,
+        metric,
+        temperature,
+        codebook_gradient,
+        out=view,
+    )
+    return _written(out, view, layout), grad_codebook.view(codebook.shape) if codebook_gradient else grad_codebook
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "nearest": _nearest,
     "quantize": _quantize,
@@ -129,4 +170,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "entropy_backward": eager_entropy.entropy_backward,
     "quantize_backward": _quantize_backward,
     "statistics": _statistics,
+    "entropy": _entropy,
+    "entropy_backward": _entropy_backward,
 }
