@@ -7,30 +7,9 @@ pytest.importorskip("triton")
 
 from backends.triton import hostile
 from backends.triton.test_entropy import off, oracle
-from backends.triton.test_registration import CODES, DIM, LAYOUTS, inputs
+from backends.triton.test_registration import CODES, DIM, LAYOUTS, inputs, operators
 
-from vqkernels.backends.triton.registration import register
-
-NAMESPACE = "vqkernels_triton_entropy_test"
-SCHEMAS = (
-    "entropy(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, float temperature)"
-    " -> (Tensor sample_entropy, Tensor codebook_entropy, Tensor row_entropy, Tensor log_partition,"
-    " Tensor mean_assignment)",
-    "entropy_backward(Tensor grad_sample, Tensor grad_codebook_entropy, Tensor z, Tensor codebook, Tensor? mask,"
-    " Tensor row_entropy, Tensor log_partition, Tensor mean_assignment, int channel_dim, str metric, float temperature,"
-    " bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
-)
-
-
-@pytest.fixture(scope="module")
-def operators():
-    definitions = torch.library.Library(NAMESPACE, "DEF")
-    for schema in SCHEMAS:
-        definitions.define(schema)
-    implementations = register(NAMESPACE, "CUDA" if torch.cuda.is_available() else "CPU")
-    yield getattr(torch.ops, NAMESPACE)
-    del implementations, definitions
-
+__all__ = ["operators"]  # the fixture
 
 def flat(x, channel_dim, heads):
     """z, or anything of its shape, as (heads, rows, D)."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkernels.backends import eager_entropy, sampling
+from vqkernels.backends import sampling
 from vqkernels.backends.layout import Layout, empty_rows, layout_of
 
 
@@ -166,8 +166,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "lookup": _lookup,
     "sample": sampling.sample,  # no kernel yet: plain PyTorch serves the GPU
-    "entropy": eager_entropy.entropy,  # no kernel yet either
-    "entropy_backward": eager_entropy.entropy_backward,
     "quantize_backward": _quantize_backward,
     "statistics": _statistics,
     "entropy": _entropy,
