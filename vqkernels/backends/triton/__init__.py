@@ -1,6 +1,7 @@
 """Triton kernels for sm_80 and newer. Importing this package needs no Triton; importing its kernels does.
 
 nearest.nearest          statistics.statistics          quantize.quantize, .lookup, .quantize_backward
+residual.residual_quantize, .residual_quantize_backward
 """
 
 from __future__ import annotations
