@@ -1,10 +1,11 @@
 """Residual quantization with Triton: the searches of all levels, then codes, errors and statistics; and the backward.
 
-Level by level, for any D and any type: the search of nearest.py on the residual, which subtract_kernel keeps in one
-buffer of z's shape (float32; float64 where z is). Then compose_kernel makes everything else of the indices alone
-(residual_rows.py), and one sort serves the statistics of all levels (residual_segment.py). Nothing waits for the device
-and no shape depends on what it holds. Scratch: O((N + K) · D) bytes, and keys of Q·N rows if statistics are wanted.
-Backward reads z and the indices, and recomputes the residuals in registers (residual_gradient.py).
+Small D: residual_search.py takes a block of rows through all levels in one launch, after one packing of all codebooks.
+Any other: the search of nearest.py level by level on the residual, which subtract_kernel keeps in one buffer of z's
+shape (float32; float64 where z is). configs.py draws the line. Either way compose_kernel makes everything else of the
+indices alone (residual_rows.py), and one sort serves the statistics of all levels (residual_segment.py). Nothing waits
+for the device and no shape depends on what it holds. Scratch: O((N + K) · D) bytes, and keys of Q·N rows if statistics
+are wanted. Backward reads z and the indices and recomputes the residuals in registers (residual_gradient.py).
 """
 
 from __future__ import annotations
@@ -12,12 +13,22 @@ from __future__ import annotations
 import torch
 import triton
 
-from vqkernels.backends.triton.launch import FUSED_ROUNDING, SEPARATE_ROUNDING, interpreted, on_device, registers
-from vqkernels.backends.triton.nearest import nearest
+from vqkernels.backends.triton import configs
+from vqkernels.backends.triton.launch import (
+    FUSED_ROUNDING,
+    SEPARATE_ROUNDING,
+    capability,
+    interpreted,
+    multiprocessors,
+    on_device,
+    registers,
+)
+from vqkernels.backends.triton.nearest import nearest, pack_codes
 from vqkernels.backends.triton.residual_gradient import residual_grad_kernel
 from vqkernels.backends.triton.residual_rows import compose_kernel, subtract_kernel
 from vqkernels.backends.triton.residual_segment import empty_keys, residual_sums
-from vqkernels.backends.triton.views import KEY_ROWS, slab, wide
+from vqkernels.backends.triton.residual_search import residual_search_kernel
+from vqkernels.backends.triton.views import KEY_ROWS, mask_strides, slab, wide
 
 
 def residual_quantize(
@@ -38,8 +49,46 @@ def residual_quantize(
     """
     quantized = torch.empty_like(z) if out is None else out
     with on_device(z):
-        indices = search_by_level(z, codebooks, levels, metric, precision)
+        rows = z.shape[0] * z.shape[1] * z.shape[2]
+        config = configs.chained_config(
+            capability(z.device), z.shape[3], codebooks.shape[2], rows, multiprocessors(z.device)
+        )
+        # float64 residuals would take the registers of the scores
+        if config is None or wide(z) or wide(codebooks):
+            indices = search_by_level(z, codebooks, levels, metric, precision)
+        else:
+            indices = search_chained(z, codebooks, levels, metric, precision, config)
         return quantized, indices, *compose(z, codebooks, indices, statistics, quantized)
+
+
+def search_chained(
+    z: torch.Tensor,
+    codebooks: torch.Tensor,
+    levels: torch.Tensor | None,
+    metric: str,
+    precision: str,
+    config: configs.ResidualConfig,
+) -> torch.Tensor:
+    """Indices (B, H, P, Q) by one launch for all levels."""
+    batch, heads, positions, dim = z.shape
+    rows, (depth, size) = batch * positions, codebooks.shape[1:3]
+    indices = torch.empty(batch, heads, positions, depth, dtype=torch.int64, device=z.device)
+    if indices.numel() == 0:
+        return indices
+    shared = codebooks.stride(1) == 0 or depth == 1  # one codebook for all levels is packed once
+    packs = codebooks[:, :1] if shared else codebooks
+    # residuals are not of z's lengths, so no code is left out for the sake of z
+    codes = pack_codes(z, None, packs.reshape(-1, size, dim), metric, config, certified=False)
+    scratch = torch.empty(heads, rows, dim, dtype=torch.float32, device=z.device)
+    residual_search_kernel[(triton.cdiv(rows, config.block_rows), heads)](
+        z, levels, codebooks, codes.packed, codes.half_norms, codes.centre, codes.state, scratch, indices,
+        rows, positions, depth, codes.padded_codes, codes.padded_codes // config.block_codes,
+        packs.shape[1], 0 if shared else 1, *z.stride(), *mask_strides(levels), *codebooks.stride(),
+        DIM=dim, PADDED=codes.packed.shape[1], BM=config.block_rows, BK=config.block_codes, METRIC=metric,
+        LIMITED=levels is not None, CERTIFIED=precision == "exact",
+        num_warps=config.warps, num_stages=config.stages, **registers(True), **SEPARATE_ROUNDING,
+    )  # fmt: skip
+    return indices
 
 
 def search_by_level(
