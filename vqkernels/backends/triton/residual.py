@@ -26,8 +26,8 @@ from vqkernels.backends.triton.launch import (
 from vqkernels.backends.triton.nearest import nearest, pack_codes
 from vqkernels.backends.triton.residual_gradient import residual_grad_kernel
 from vqkernels.backends.triton.residual_rows import compose_kernel, subtract_kernel
-from vqkernels.backends.triton.residual_segment import empty_keys, residual_sums
 from vqkernels.backends.triton.residual_search import residual_search_kernel
+from vqkernels.backends.triton.residual_segment import empty_keys, residual_sums
 from vqkernels.backends.triton.views import KEY_ROWS, mask_strides, slab, wide
 
 
@@ -80,8 +80,11 @@ def search_chained(
     # residuals are not of z's lengths, so no code is left out for the sake of z
     codes = pack_codes(z, None, packs.reshape(-1, size, dim), metric, config, certified=False)
     scratch = torch.empty(heads, rows, dim, dtype=torch.float32, device=z.device)
-    residual_search_kernel[(triton.cdiv(rows, config.block_rows), heads)](
-        z, levels, codebooks, codes.packed, codes.half_norms, codes.centre, codes.state, scratch, indices,
+    programs = triton.cdiv(rows, config.block_rows)
+    of_program = config.block_rows * (2 * config.block_codes // 8 + 1)
+    found = torch.empty(heads, programs, of_program, dtype=torch.float32, device=z.device)
+    residual_search_kernel[(programs, heads)](
+        z, levels, codebooks, codes.packed, codes.half_norms, codes.centre, codes.state, scratch, found, indices,
         rows, positions, depth, codes.padded_codes, codes.padded_codes // config.block_codes,
         packs.shape[1], 0 if shared else 1, *z.stride(), *mask_strides(levels), *codebooks.stride(),
         DIM=dim, PADDED=codes.packed.shape[1], BM=config.block_rows, BK=config.block_codes, METRIC=metric,

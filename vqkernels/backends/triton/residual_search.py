@@ -26,6 +26,7 @@ from vqkernels.backends.triton.residual_rows import less
 from vqkernels.backends.triton.rows import STATE, row_bounds, row_offsets, row_scale, working
 
 NONE = tl.constexpr(0x7FFFFFFF)
+SWEPT = tl.constexpr(32)  # codes at a time in the second sweep, whose masks want registers
 
 
 @triton.jit
@@ -62,29 +63,32 @@ def _contract(
 def _score(q, p, half, beta):
     """[BM] scores of one code per row, from its packed operands [BM, PADDED]."""
     product = tl.sum(q.to(tl.float32) * p.to(tl.float32), axis=1)
-    return tl.fma(-product, beta, half)
+    return tl.fma(product, -beta, half)
 
 
 @triton.jit
-def _tile_scores(q, packed_codes, half_norms, beta, tile, PADDED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+def _tile_scores(
+    q, packed_codes, half_norms, minus_beta, tile, PADDED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):
     """([BM, BK] scores of one tile, [BK] half norms)."""
     code = tile * BK + tl.arange(0, BK)
     half = tl.load(half_norms + code)
     p = tl.load(packed_codes + code[:, None] * PADDED + tl.arange(0, PADDED)[None, :])  # [BK, PADDED]
     product = tl.dot(q, tl.trans(p))
-    scale = tl.broadcast_to(beta[:, None], (BM, BK))
-    return tl.fma(-product, scale, tl.broadcast_to(half[None, :], (BM, BK))), half
+    down = tl.broadcast_to(minus_beta[:, None], (BM, BK))
+    return tl.fma(product, down, tl.broadcast_to(half[None, :], (BM, BK))), half
 
 
 @triton.jit
 def residual_search_kernel(
-    z, levels, codebooks, packed_codes, half_norms, centre, state, scratch, indices,
+    z, levels, codebooks, packed_codes, half_norms, centre, state, scratch, found, indices,
     rows, positions, depth, padded_codes, tiles, pack_h, pack_q, stride_b, stride_h, stride_p, stride_d,
     level_b, level_h, level_p, code_stride_h, code_stride_q, code_stride_k, code_stride_d,
     DIM: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, METRIC: tl.constexpr,
     LIMITED: tl.constexpr, CERTIFIED: tl.constexpr,
 ):  # fmt: skip
-    """indices (B, H, P, Q); scratch (H, rows, D) float32; pack_h, pack_q: strides of packs, in packs."""
+    """indices (B, H, P, Q); scratch (H, rows, D) and found (H, programs, BM · (BK / 4 + 1)) float32; pack_h, pack_q: strides
+    of packs, in packs."""
     head = tl.program_id(1)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = row < rows
@@ -102,6 +106,11 @@ def residual_search_kernel(
     codebooks += head.to(tl.int64) * code_stride_h
     lane = tl.arange(0, 4)
     slots: tl.constexpr = BK // 8
+    found += (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BM * (2 * slots + 1))
+    own = tl.arange(0, BM)
+    beta_at = found + BM * 2 * slots + own
+    slot_out = found + own[:, None, None] * slots + tl.arange(0, BK // 32)[None, :, None] * 4 + lane[None, None, :]
+    slot_in = found + own[:, None] * slots + tl.arange(0, slots)[None, :]
 
     for level in range(depth):
         live = passes > level
@@ -122,20 +131,30 @@ def residual_search_kernel(
         rest = tl.sum((x - rounded) * (x - rounded), axis=1)
         norm, error = row_bounds(squares, rest, beta, fits, cut, PADDED)
         beta = tl.where(live & fits, beta, 0.0)
+        # by way of memory: a scale with the residual's layout would draw the scores out of the tensor core's
+        tl.store(beta_at, -beta)
+        tl.debug_barrier()
+        minus_beta = tl.load(beta_at)
 
         best = tl.full((BM, BK // 32, 4), float("inf"), tl.float32)
         second = tl.full((BM, BK // 32, 4), float("inf"), tl.float32)
         winner = tl.zeros((BM, BK // 32, 4), tl.int32)
         for tile in range(tiles):
-            t, _half = _tile_scores(q, level_codes, level_halves, beta, tile, PADDED, BM, BK)
+            t, _half = _tile_scores(q, level_codes, level_halves, minus_beta, tile, PADDED, BM, BK)
             g = tl.min(tl.min(tl.reshape(t, (BM, BK // 32, 4, 4, 2)), axis=4), axis=2)
             second = tl.minimum(second, tl.maximum(best, g))
             winner = tl.where(g < best, tile, winner)
             best = tl.minimum(best, g)
+        lowest = tl.min(tl.min(best, axis=2), axis=1)
+        runner_up = tl.min(tl.min(second, axis=2), axis=1)
+        # by way of memory, so that what follows does not ask the pass for another layout of its registers
         group = (winner * (BK // 32) + tl.arange(0, BK // 32)[None, :, None]) * 4 + lane[None, None, :]
-        group = tl.reshape(group, (BM, slots))
-        best = tl.reshape(best, (BM, slots))
-        lowest = tl.min(best, axis=1)
+        tl.debug_barrier()  # the level before may still be read
+        tl.store(slot_out, best)
+        tl.store(slot_out + BM * slots, group.to(tl.float32, bitcast=True))
+        tl.debug_barrier()
+        best = tl.load(slot_in)
+        group = tl.load(slot_in + BM * slots).to(tl.int32, bitcast=True)
         asked = live & (poisoned == 0) & (lowest < float("inf"))
         index = tl.full((BM,), NONE, tl.int32)
 
@@ -143,7 +162,6 @@ def residual_search_kernel(
             radius = tl.load(state + pack * STATE + 1).to(tl.float32, bitcast=True)
             spread = tl.load(state + pack * STATE + 2).to(tl.float32, bitcast=True)
             limit = threshold(lowest, norm, error, radius, spread, PADDED, METRIC)
-            runner_up = tl.min(tl.reshape(second, (BM, slots)), axis=1)
             swept = asked & (runner_up < float("inf")) & ((runner_up > limit) == 0)
             value = tl.full((BM,), float("inf"), tl.float64)
             scored = tl.zeros((BM,), tl.int1)
@@ -194,9 +212,9 @@ def residual_search_kernel(
                     tl.debug_barrier()
                     tl.store(r_at[:, None] + d[None, :], r, mask=there)
                     tl.debug_barrier()
-                for tile in range(tiles):
-                    t, half = _tile_scores(q, level_codes, level_halves, beta, tile, PADDED, BM, BK)
-                    number = tile * BK + tl.arange(0, BK)
+                for tile in range(tiles * (BK // SWEPT)):
+                    t, half = _tile_scores(q, level_codes, level_halves, minus_beta, tile, PADDED, BM, SWEPT)
+                    number = tile * SWEPT + tl.arange(0, SWEPT)
                     open_codes = swept[:, None] & (half < float("inf"))[None, :] & ((t > limit[:, None]) == 0)
                     code = tl.min(tl.where(open_codes, number[None, :], NONE), axis=1)  # [BM]
                     while _any(code != NONE):
