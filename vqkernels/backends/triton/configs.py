@@ -120,7 +120,7 @@ CHAINED_CODES = 16384
 # family -> D bucket -> (BM, BK, warps, stages), by the rule of TABLE: no spills. 64 rows, since residual, operand and
 # scores of a row share the registers; batches of residual codecs are small, too.
 CHAINED: dict[int, dict[int, tuple[int, int, int, int]]] = {
-    80: {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2)},
+    80: {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2)},
     90: {16: (64, 128, 4, 3), 32: (64, 128, 4, 3), 64: (64, 128, 4, 3)},
     100: {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3)},
 }

@@ -87,8 +87,8 @@ def residual_search_kernel(
     DIM: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, METRIC: tl.constexpr,
     LIMITED: tl.constexpr, CERTIFIED: tl.constexpr,
 ):  # fmt: skip
-    """indices (B, H, P, Q); scratch (H, rows, D) and found (H, programs, BM · (BK / 4 + 1)) float32; pack_h, pack_q: strides
-    of packs, in packs."""
+    """indices (B, H, P, Q). scratch (H, rows, D) float32 and found (H, programs, BM · (BK / 4 + 1)) float32: residuals in
+    memory, slots and scales. pack_h and pack_q: how far apart the packs of heads and levels are."""
     head = tl.program_id(1)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = row < rows
@@ -112,7 +112,8 @@ def residual_search_kernel(
     slot_out = found + own[:, None, None] * slots + tl.arange(0, BK // 32)[None, :, None] * 4 + lane[None, None, :]
     slot_in = found + own[:, None] * slots + tl.arange(0, slots)[None, :]
 
-    for level in range(depth):
+    # what does not change from level to level is computed again: kept, it would spill
+    for level in tl.range(depth, disable_licm=True):
         live = passes > level
         pack = (head * pack_h + level * pack_q).to(tl.int64)
         level_codes = packed_codes + pack * padded_codes * PADDED
@@ -133,7 +134,7 @@ def residual_search_kernel(
         beta = tl.where(live & fits, beta, 0.0)
         # by way of memory: a scale with the residual's layout would draw the scores out of the tensor core's
         tl.store(beta_at, -beta)
-        tl.debug_barrier()
+        tl.debug_barrier()  # also between what the level before reads from scratch and what this one writes
         minus_beta = tl.load(beta_at)
 
         best = tl.full((BM, BK // 32, 4), float("inf"), tl.float32)
@@ -149,7 +150,6 @@ def residual_search_kernel(
         runner_up = tl.min(tl.min(second, axis=2), axis=1)
         # by way of memory, so that what follows does not ask the pass for another layout of its registers
         group = (winner * (BK // 32) + tl.arange(0, BK // 32)[None, :, None]) * 4 + lane[None, None, :]
-        tl.debug_barrier()  # the level before may still be read
         tl.store(slot_out, best)
         tl.store(slot_out + BM * slots, group.to(tl.float32, bitcast=True))
         tl.debug_barrier()
@@ -190,7 +190,6 @@ def residual_search_kernel(
                     rival = candidate & (index != NONE)
                     if _any(rival):
                         if written == 0:
-                            tl.debug_barrier()  # the level before may still be read
                             tl.store(r_at[:, None] + d[None, :], r, mask=there)
                             tl.debug_barrier()
                             written += 1
@@ -209,7 +208,6 @@ def residual_search_kernel(
 
             if _any(swept):
                 if written == 0:
-                    tl.debug_barrier()
                     tl.store(r_at[:, None] + d[None, :], r, mask=there)
                     tl.debug_barrier()
                 for tile in range(tiles * (BK // SWEPT)):
