@@ -63,7 +63,7 @@ def wrong_rows(z: Tensor, codebooks: Tensor, indices: Tensor, search: Callable[[
 
 def residual_correctness(setting: Setting) -> Iterator[Row]:
     fallback = partial(vq.nearest_code, backend="eager")
-    for cell in setting.size(CHECKED, [(40, 20, 8, 3)]):
+    for cell in setting.size(CHECKED, [(20, 9, 8, 2)]):
         z, codebooks = stack(setting, *cell)
         results = {}
         for way in ("one launch", "by level"):
@@ -106,7 +106,7 @@ def residual_correctness(setting: Setting) -> Iterator[Row]:
 
 
 def residual_times(setting: Setting) -> Iterator[Row]:
-    for n, k, d, depth in setting.size(CELLS, [(40, 20, 8, 2)]):
+    for n, k, d, depth in setting.size(CELLS, [(20, 9, 8, 2)]):
         z, codebooks = stack(setting, n, k, d, depth)
         indices = forward(z, codebooks)[1]
         row: Row = {"what": "residual", "N": n, "K": k, "D": d, "levels": depth}

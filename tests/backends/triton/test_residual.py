@@ -11,7 +11,7 @@ triton_residual = pytest.importorskip("vqkernels.backends.triton.residual", reas
 METRICS = ["euclidean", "dot", "cosine"]
 GRADIENTS = ["straight_through", "rotation"]
 triton_nearest = pytest.importorskip("vqkernels.backends.triton.nearest", reason="triton is not installed")
-WAYS = ["one launch", "by level"]
+WAYS = hostile.first(["one launch", "by level"])  # quick by level: float64 codes, which no chained search takes
 
 
 @pytest.fixture(params=WAYS)
@@ -59,10 +59,10 @@ def stack(codebook, depth=3, scale=0.5, seed=1):
     return torch.stack([codebook, *(x.to(codebook.dtype) for x in others)])
 
 
-@pytest.mark.parametrize("depth", [1, 3, *hostile.slow([2, 4])])
+@pytest.mark.parametrize("depth", hostile.first([3, 1, 2, 4]))
 def test_every_level_equals_the_contract(depth, way, device):
     z, codebook = hostile.make("eight dimensions")
-    check(z[:33], stack(codebook[:67], depth), device)
+    check(z[:19], stack(codebook[:67], depth), device)
 
 
 SMALL = [name for name in hostile.CASES if name not in ("257 dimensions", "512 dimensions")]
@@ -84,18 +84,15 @@ def test_every_shape_equals_the_contract(name, metric, device):
 
 
 def test_candidates_that_one_slot_hides_are_swept_for(device):
-    """Pairs three tiles apart stand in one slot: the pass keeps one of them, and only the second sweep finds the other.
-    Without a hash table to find repetitions, equal codes do the same."""
+    """Pairs three tiles apart stand in one slot: the pass keeps one; the second sweep finds the other."""
     z, codebook = hostile.make("pairs three tiles apart")
-    check(z[:20], codebook[None], device)
-    z, codebook = hostile.make("collapsed")
-    check(z[:20], codebook[None], device)
+    check(z[:16], codebook[None], device)
 
 
 def test_repetitions_that_the_hash_table_loses_are_only_slow(device, monkeypatch):
     monkeypatch.setattr(triton_nearest, "HASH_SLOTS", 0)
     z, codebook = hostile.make("duplicates")
-    check(z[:20], stack(codebook, 2), device)
+    check(z[:12], codebook[None], device)
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -133,7 +130,7 @@ def test_one_bad_row_poisons_itself_alone(name, device):
 
 
 def test_a_code_that_overflows_poisons_from_the_next_level_on(device):
-    z, codebooks = torch.randn(20, 5), torch.randn(3, 30, 5)
+    z, codebooks = torch.randn(9, 5), torch.randn(3, 9, 5)
     z[4] = torch.tensor([3e38, 3e38, 0, 0, 0])
     codebooks[0, 7] = torch.tensor([3e38, -1e38, 0, 0, 0])
     found = check(z, codebooks, device, metric="dot")
@@ -142,7 +139,7 @@ def test_a_code_that_overflows_poisons_from_the_next_level_on(device):
 
 
 def test_rows_pass_as_many_levels_as_they_are_told(way, device):
-    z, codebook = torch.randn(33, 7), torch.randn(9, 7)
+    z, codebook = torch.randn(19, 7), torch.randn(5, 7)
     levels = torch.arange(len(z)) % 6 - 1
     z[levels <= 0] = torch.nan
     found = check(z, stack(codebook), device, levels, statistics=True)
@@ -155,8 +152,8 @@ def test_zero_residuals_stay_zero(device):
     """Rows that are codes: nothing is left after the first level, and of equal distances the lowest index is taken."""
     codebook = torch.randn(30, 6)
     others = torch.cat([torch.randn(20, 6), torch.zeros(10, 6)])
-    found = check(codebook[:20].clone(), torch.stack([codebook, others, others]), device)
-    assert torch.equal(found.quantized, codebook[:20])
+    found = check(codebook[:16].clone(), torch.stack([codebook, others, others]), device)
+    assert torch.equal(found.quantized, codebook[:16])
     assert (found.squared_errors == 0).all()
     assert (found.indices[:, 1:] == 20).all()
 
@@ -181,7 +178,8 @@ def test_the_sum_keeps_the_order_of_levels(device):
 )
 def test_every_type(types, device):
     z, codebook = hostile.make("three dimensions", torch.float64)
-    check(z[:20].to(types[0]), stack(codebook[:9]).to(types[1]), device, torch.arange(20) % 4, statistics=True)
+    z, codebooks = z[:19].to(types[0]), stack(codebook[:5]).to(types[1])
+    check(z, codebooks, device, torch.arange(19) % 4, statistics=True)
 
 
 @pytest.mark.parametrize("statistics", [False, True])
@@ -204,7 +202,7 @@ def test_no_row_passes_any_level(device):
 
 def test_heads_images_and_strided_levels(way, device):
     g = torch.Generator().manual_seed(2)
-    codebooks = torch.randn(2, 3, 9, 6, generator=g)
+    codebooks = torch.randn(2, 3, 5, 6, generator=g)
     images = torch.randn(3, 12, 5, generator=g)  # (batch, channel, position)
     z = images.view(3, 2, 6, 5).permute(0, 1, 3, 2)  # (B, H, P, D)
     levels = torch.randint(0, 4, (3, 5), generator=g)[:, None, :].expand(3, 2, 5)
@@ -223,9 +221,10 @@ def test_heads_images_and_strided_levels(way, device):
 
 def test_one_codebook_shared_by_all_levels(device):
     z, codebook = hostile.make("eight dimensions")
-    check(z[:20], codebook.expand(3, *codebook.shape), device)
+    check(z[:16], codebook.expand(2, *codebook.shape), device)
 
 
+@pytest.mark.slow
 def test_fast_takes_near_codes(way, device):
     z, codebook = hostile.make("eight dimensions")
     z, levels = z[:30], torch.arange(30) % 4
@@ -249,11 +248,11 @@ def some_incoming(z, depth):
     return [torch.randn_like(z), torch.randn(depth, dtype=kind), torch.randn(depth, dtype=kind)]
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", hostile.first(GRADIENTS[::-1]))
 @pytest.mark.parametrize("name", hostile.first(["eight dimensions", "257 dimensions", "one dimension"]))
 def test_gradients_in_float64(name, gradient, device):
     z, codebook = hostile.make(name, torch.float64)
-    z, codebook = z[:33], codebook[:9]
+    z, codebook = z[:20], codebook[:9]
     levels = torch.arange(len(z)) % 5
     z[levels == 0] = torch.nan
     codebooks = stack(codebook)
@@ -268,7 +267,7 @@ def test_gradients_in_float64(name, gradient, device):
 def test_the_commitment_gradient_is_autograds(device):
     """Against autograd through the losses written out, with the codes detached."""
     z, codebook = hostile.make("three dimensions", torch.float64)
-    z, codebooks = z[:20], stack(codebook[:9])
+    z, codebooks = z[:12], stack(codebook[:5])
     indices = residual_oracle.forward(z, codebooks).indices
     incoming = some_incoming(z, 3)
     held, codes = z.clone().requires_grad_(), codebooks.clone().requires_grad_()
@@ -298,7 +297,7 @@ def test_gradients_in_narrow_types(dtype, gradient, device):
         torch.testing.assert_close(one.double(), other, rtol=4 * unit, atol=1e-6)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", hostile.first(GRADIENTS))
 def test_gradients_of_poisoned_and_unknown_rows(gradient, device):
     z, codebook = hostile.make("non-finite")
     z, codebooks = z[:20], stack(codebook[:11])

@@ -85,7 +85,7 @@ def search_chained(
     found = torch.empty(heads, programs, of_program, dtype=torch.float32, device=z.device)
     residual_search_kernel[(programs, heads)](
         z, levels, codebooks, codes.packed, codes.half_norms, codes.centre, codes.state, scratch, found, indices,
-        rows, positions, depth, codes.padded_codes, codes.padded_codes // config.block_codes,
+        rows, positions, depth, codes.padded_codes,
         packs.shape[1], 0 if shared else 1, *z.stride(), *mask_strides(levels), *codebooks.stride(),
         DIM=dim, PADDED=codes.packed.shape[1], BM=config.block_rows, BK=config.block_codes, METRIC=metric,
         LIMITED=levels is not None, CERTIFIED=precision == "exact",

@@ -82,13 +82,13 @@ def _tile_scores(
 @triton.jit
 def residual_search_kernel(
     z, levels, codebooks, packed_codes, half_norms, centre, state, scratch, found, indices,
-    rows, positions, depth, padded_codes, tiles, pack_h, pack_q, stride_b, stride_h, stride_p, stride_d,
+    rows, positions, depth, padded_codes, pack_h, pack_q, stride_b, stride_h, stride_p, stride_d,
     level_b, level_h, level_p, code_stride_h, code_stride_q, code_stride_k, code_stride_d,
     DIM: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, METRIC: tl.constexpr,
     LIMITED: tl.constexpr, CERTIFIED: tl.constexpr,
 ):  # fmt: skip
-    """indices (B, H, P, Q). scratch (H, rows, D) float32 and found (H, programs, BM · (BK / 4 + 1)) float32: residuals in
-    memory, slots and scales. pack_h and pack_q: how far apart the packs of heads and levels are."""
+    """indices (B, H, P, Q). scratch (H, rows, D) and found (H, programs, BM · (BK / 4 + 1)), float32: residuals, and
+    slots with scales, in memory. pack_h and pack_q: how far apart the packs of heads and levels are."""
     head = tl.program_id(1)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = row < rows
@@ -106,6 +106,7 @@ def residual_search_kernel(
     codebooks += head.to(tl.int64) * code_stride_h
     lane = tl.arange(0, 4)
     slots: tl.constexpr = BK // 8
+    tiles = padded_codes // BK
     found += (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BM * (2 * slots + 1))
     own = tl.arange(0, BM)
     beta_at = found + BM * 2 * slots + own
