@@ -68,6 +68,7 @@ SEARCHES = {
 CHAINED = (
     Regime(),
     Regime(dim=32, z=BRAIN, metric="dot", masked=True, heads=3, layout="channels"),
+    Regime(metric="cosine", masked=True, heads=3, layout="channels"),
     Regime(dim=3, z=HALF, codebook=BRAIN, metric="cosine", rows=101, codes=1, statistics=False),
 )
 BY_LEVEL = (

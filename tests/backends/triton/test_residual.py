@@ -95,7 +95,7 @@ def test_repetitions_that_the_hash_table_loses_are_only_slow(device, monkeypatch
     check(z[:12], codebook[None], device)
 
 
-@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("level", hostile.first([1, 0]))
 def test_ties_at_any_level_go_to_the_lowest_index(level, way, device):
     """The corners of a cube around every residual: sixteen equally near codes, in an order of their own."""
     g = torch.Generator().manual_seed(5)
@@ -150,12 +150,12 @@ def test_rows_pass_as_many_levels_as_they_are_told(way, device):
 
 def test_zero_residuals_stay_zero(device):
     """Rows that are codes: nothing is left after the first level, and of equal distances the lowest index is taken."""
-    codebook = torch.randn(30, 6)
-    others = torch.cat([torch.randn(20, 6), torch.zeros(10, 6)])
-    found = check(codebook[:16].clone(), torch.stack([codebook, others, others]), device)
-    assert torch.equal(found.quantized, codebook[:16])
+    codebook = torch.randn(16, 6)
+    others = torch.cat([torch.randn(12, 6), torch.zeros(4, 6)])
+    found = check(codebook.clone(), torch.stack([codebook, others, others]), device)
+    assert torch.equal(found.quantized, codebook)
     assert (found.squared_errors == 0).all()
-    assert (found.indices[:, 1:] == 20).all()
+    assert (found.indices[:, 1:] == 12).all()
 
 
 def test_the_sum_keeps_the_order_of_levels(device):
@@ -203,18 +203,18 @@ def test_no_row_passes_any_level(device):
 def test_heads_images_and_strided_levels(way, device):
     g = torch.Generator().manual_seed(2)
     codebooks = torch.randn(2, 3, 5, 6, generator=g)
-    images = torch.randn(3, 12, 5, generator=g)  # (batch, channel, position)
-    z = images.view(3, 2, 6, 5).permute(0, 1, 3, 2)  # (B, H, P, D)
-    levels = torch.randint(0, 4, (3, 5), generator=g)[:, None, :].expand(3, 2, 5)
+    images = torch.randn(2, 12, 5, generator=g)  # (batch, channel, position)
+    z = images.view(2, 2, 6, 5).permute(0, 1, 3, 2)  # (B, H, P, D)
+    levels = torch.randint(0, 4, (2, 5), generator=g)[:, None, :].expand(2, 2, 5)
     quantized, indices, errors, counts, _ = triton_residual.residual_quantize(
         z.to(device), codebooks.to(device), levels.to(device), "euclidean", "exact", True
     )
     assert quantized.stride() == z.stride()
-    assert indices.shape == (3, 2, 5, 3)
+    assert indices.shape == (2, 2, 5, 3)
     for head in range(2):
-        expected = residual_oracle.forward(z[:, head].reshape(15, 6), codebooks[head], levels[:, head].reshape(15))
-        assert torch.equal(quantized[:, head].cpu().reshape(15, 6), expected.quantized)
-        assert torch.equal(indices[:, head].cpu().reshape(15, 3), expected.indices)
+        expected = residual_oracle.forward(z[:, head].reshape(10, 6), codebooks[head], levels[:, head].reshape(10))
+        assert torch.equal(quantized[:, head].cpu().reshape(10, 6), expected.quantized)
+        assert torch.equal(indices[:, head].cpu().reshape(10, 3), expected.indices)
         torch.testing.assert_close(errors[head].cpu(), expected.squared_errors, rtol=1e-12, atol=0)
         assert torch.equal(counts[head].cpu(), expected.counts)
 

@@ -94,24 +94,18 @@ def residual_search_kernel(
     inside = row < rows
     d = tl.arange(0, PADDED)
     column = (d < DIM)[None, :]
-    passes = tl.full((BM,), 0x7FFFFFFF, tl.int64)
+    passes = tl.where(inside, depth, 0)
     if LIMITED:
         level_at = row_offsets(row, positions, level_b, level_p) + head.to(tl.int64) * level_h
-        passes = tl.load(levels + level_at, mask=inside, other=0)
-    passes = tl.where(inside, passes, 0)
+        told = tl.load(levels + level_at, mask=inside, other=0)
+        passes = tl.where(told < depth, tl.maximum(told, 0), depth).to(tl.int32)
     z += row_offsets(row, positions, stride_b, stride_p)[:, None] + head.to(tl.int64) * stride_h
     r = working(tl.load(z + d[None, :] * stride_d, mask=(passes > 0)[:, None] & column, other=0.0), False)
-    row_at = row_offsets(row, positions, tl.num_programs(1) * positions, 1) + head.to(tl.int64) * positions
-    r_at = scratch + (head.to(tl.int64) * rows + row) * DIM
     codebooks += head.to(tl.int64) * code_stride_h
     lane = tl.arange(0, 4)
     slots: tl.constexpr = BK // 8
     tiles = padded_codes // BK
     found += (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BM * (2 * slots + 1))
-    own = tl.arange(0, BM)
-    beta_at = found + BM * 2 * slots + own
-    slot_out = found + own[:, None, None] * slots + tl.arange(0, BK // 32)[None, :, None] * 4 + lane[None, None, :]
-    slot_in = found + own[:, None] * slots + tl.arange(0, slots)[None, :]
 
     # what does not change from level to level is computed again: kept, it would spill
     for level in tl.range(depth, disable_licm=True):
@@ -134,6 +128,10 @@ def residual_search_kernel(
         norm, error = row_bounds(squares, rest, beta, fits, cut, PADDED)
         beta = tl.where(live & fits, beta, 0.0)
         # by way of memory: a scale with the residual's layout would draw the scores out of the tensor core's
+        own = tl.arange(0, BM)
+        beta_at = found + BM * 2 * slots + own
+        slot_out = found + own[:, None, None] * slots + tl.arange(0, BK // 32)[None, :, None] * 4 + lane[None, None, :]
+        slot_in = found + own[:, None] * slots + tl.arange(0, slots)[None, :]
         tl.store(beta_at, -beta)
         tl.debug_barrier()  # also between what the level before reads from scratch and what this one writes
         minus_beta = tl.load(beta_at)
@@ -166,6 +164,7 @@ def residual_search_kernel(
             swept = asked & (runner_up < float("inf")) & ((runner_up > limit) == 0)
             value = tl.full((BM,), float("inf"), tl.float64)
             scored = tl.zeros((BM,), tl.int1)
+            r_at = scratch + (head.to(tl.int64) * rows + row) * DIM
             written = tl.full((), 0, tl.int32)  # whether this level's residuals are in scratch
 
             pending = (asked & (swept == 0))[:, None] & (best < float("inf")) & ((best > limit[:, None]) == 0)
@@ -245,6 +244,7 @@ def residual_search_kernel(
                 least = tl.minimum(score, least)
 
         index = tl.where(asked & (index != NONE), index, 0)
+        row_at = row_offsets(row, positions, tl.num_programs(1) * positions, 1) + head.to(tl.int64) * positions
         tl.store(indices + row_at * depth + level, tl.where(live, index, -1).to(tl.int64), mask=inside)
         e_at = codebook + index[:, None].to(tl.int64) * code_stride_k + d[None, :] * code_stride_d
         r = tl.where(there, less(r, tl.load(e_at, mask=there, other=0.0), False), r)
