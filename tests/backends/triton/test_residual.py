@@ -61,7 +61,7 @@ def stack(codebook, depth=3, scale=0.5, seed=1):
 
 @pytest.mark.parametrize("depth", hostile.first([3, 1, 2, 4]))
 def test_every_level_equals_the_contract(depth, way, device):
-    z, codebook = hostile.make("eight dimensions")
+    z, codebook = hostile.make("gaussian")
     check(z[:19], stack(codebook[:67], depth), device)
 
 

@@ -1,4 +1,4 @@
-"""All levels of residual quantization in one launch: the residual of a block of rows stays in registers.
+"""All levels of residual quantization in one launch: the residual of a block of rows stays in registers and L1.
 
 Fused, per level: rounding to scaled fp16 with measured errors (rows.py), the candidate pass on the tensor cores
 (search.py), the certificate (margin.py), the contract in float64 for what it leaves open, lookup and subtraction. Never
@@ -12,8 +12,9 @@ scores are summed again, and what reaches the threshold is a candidate. A row's 
 second on, candidates are compared under the contract: value, then index, since groups do not ascend.
 Rows of which a second reaches the threshold sweep the codes again with the threshold, tile by tile, in programs that
 have such a row. Both loops run as often as the data wants, on the device.
-The contract takes the channels in order: the residuals of the program's rows are written to scratch, once per level at
-most, and each thread sums a row of its own. The kernel is compiled with enable_fp_fusion=False for its sake; scores ask
+The contract takes the channels in order: the residuals of the program's rows are written to scratch, once per level,
+and each thread sums a row of its own. Above KEPT channels the residual comes back from there, since the search wants
+its registers. The kernel is compiled with enable_fp_fusion=False for its sake; scores ask
 for their fused operation by name.
 """
 
@@ -26,6 +27,7 @@ from vqkernels.backends.triton.residual_rows import less
 from vqkernels.backends.triton.rows import STATE, row_bounds, row_offsets, row_scale, working
 
 NONE = tl.constexpr(0x7FFFFFFF)
+KEPT = tl.constexpr(32)  # channels up to which the residual stays in registers while its level is searched
 SWEPT = tl.constexpr(32)  # codes at a time in the second sweep, whose masks want registers
 
 
@@ -116,6 +118,9 @@ def residual_search_kernel(
         codebook = codebooks + level * (code_stride_q + tl.zeros((), tl.int64))
 
         there = live[:, None] & column
+        r_at = scratch + (head.to(tl.int64) * rows + row) * DIM
+        tl.debug_barrier()  # the level before may still be read
+        tl.store(r_at[:, None] + d[None, :], r, mask=there)
         poisoned = tl.max(tl.where(there & ((tl.abs(r) < float("inf")) == 0), 1, 0), axis=1)
         usable = there & (poisoned == 0)[:, None]
         x = tl.where(usable, r - tl.load(centre + pack * PADDED + d)[None, :], 0.0)  # [BM, PADDED]
@@ -133,7 +138,7 @@ def residual_search_kernel(
         slot_out = found + own[:, None, None] * slots + tl.arange(0, BK // 32)[None, :, None] * 4 + lane[None, None, :]
         slot_in = found + own[:, None] * slots + tl.arange(0, slots)[None, :]
         tl.store(beta_at, -beta)
-        tl.debug_barrier()  # also between what the level before reads from scratch and what this one writes
+        tl.debug_barrier()
         minus_beta = tl.load(beta_at)
 
         best = tl.full((BM, BK // 32, 4), float("inf"), tl.float32)
@@ -164,8 +169,6 @@ def residual_search_kernel(
             swept = asked & (runner_up < float("inf")) & ((runner_up > limit) == 0)
             value = tl.full((BM,), float("inf"), tl.float64)
             scored = tl.zeros((BM,), tl.int1)
-            r_at = scratch + (head.to(tl.int64) * rows + row) * DIM
-            written = tl.full((), 0, tl.int32)  # whether this level's residuals are in scratch
 
             pending = (asked & (swept == 0))[:, None] & (best < float("inf")) & ((best > limit[:, None]) == 0)
             taken = tl.min(tl.where(pending, group, NONE), axis=1)  # [BM]
@@ -189,10 +192,6 @@ def residual_search_kernel(
                     code += tl.where((low & 0xF0) != 0, 16, 0)
                     rival = candidate & (index != NONE)
                     if _any(rival):
-                        if written == 0:
-                            tl.store(r_at[:, None] + d[None, :], r, mask=there)
-                            tl.debug_barrier()
-                            written += 1
                         unscored = rival & (scored == 0)
                         mine, theirs = _contract(
                             r_at, codebook, index, unscored, code, rival, code_stride_k, code_stride_d,
@@ -207,9 +206,6 @@ def residual_search_kernel(
                 taken = tl.min(tl.where(pending, group, NONE), axis=1)
 
             if _any(swept):
-                if written == 0:
-                    tl.store(r_at[:, None] + d[None, :], r, mask=there)
-                    tl.debug_barrier()
                 for tile in range(tiles * (BK // SWEPT)):
                     t, half = _tile_scores(q, level_codes, level_halves, minus_beta, tile, PADDED, BM, SWEPT)
                     number = tile * SWEPT + tl.arange(0, SWEPT)
@@ -246,5 +242,8 @@ def residual_search_kernel(
         index = tl.where(asked & (index != NONE), index, 0)
         row_at = row_offsets(row, positions, tl.num_programs(1) * positions, 1) + head.to(tl.int64) * positions
         tl.store(indices + row_at * depth + level, tl.where(live, index, -1).to(tl.int64), mask=inside)
+        if PADDED > KEPT:
+            r_at = scratch + (head.to(tl.int64) * rows + row) * DIM
+            r = tl.load(r_at[:, None] + d[None, :], mask=there, other=0.0)
         e_at = codebook + index[:, None].to(tl.int64) * code_stride_k + d[None, :] * code_stride_d
         r = tl.where(there, less(r, tl.load(e_at, mask=there, other=0.0), False), r)
