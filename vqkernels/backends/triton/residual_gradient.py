@@ -77,9 +77,9 @@ def residual_grad_kernel(
         r = working(tl.load(z + d[None, :] * stride_d, mask=row_read, other=0.0), WIDE)
         through = working(tl.load(grad_quantized + d[None, :] * grad_stride_d, mask=row_read, other=0.0), EXACT)
         if ROTATED:
-            e = working(tl.load(sums + d[None, :], mask=row_read, other=0.0), True)
+            target = working(tl.load(sums + d[None, :], mask=row_read, other=0.0), True)
             u = r.to(tl.float64) * to_u[:, None]
-            turned = through - along_s[:, None] * (u + e * to_q[:, None]) + along_q[:, None] * u
+            turned = through - along_s[:, None] * (u + target * to_q[:, None]) + along_q[:, None] * u
             through = tl.where(directed[:, None], ratio[:, None] * turned, through)
         for level in range(levels):
             index, passed, known = level_index(indices, level, inside, codes)
