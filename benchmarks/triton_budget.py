@@ -244,6 +244,22 @@ def search_launches(capability: tuple[int, int]) -> dict[str, Launch]:
     return found
 
 
+def residual_launches(capability: tuple[int, int]) -> dict[str, Launch]:
+    """The chained search of residual quantization by D. Counted is its pass over the codes, which every row pays; not
+    rounding, certificate and lookup, once a level, nor the float64 contract, whose share depends on the data."""
+    from vqkernels.backends.triton import configs
+    from vqkernels.backends.triton.residual import residual_quantize
+
+    found = {}
+    for dim in configs.CHAINED[configs.family(capability)]:
+        with recorded(capability) as launches:
+            z, codebooks = torch.empty(1, 1, 65536, dim, device="meta"), torch.empty(1, 8, 1024, dim, device="meta")
+            residual_quantize(z, codebooks, None, "euclidean", "exact", False)
+        (one,) = [entry for entry in launches if entry.kernel.__name__ == "residual_search_kernel"]
+        found[f"exact D={dim}"] = one
+    return found
+
+
 def row(one: Launch, capability: tuple[int, int]) -> dict[str, Any]:
     """One line of the table."""
     program = compile_launch(one, capability)
@@ -263,11 +279,12 @@ def row(one: Launch, capability: tuple[int, int]) -> dict[str, Any]:
 
 def table(capabilities: list[tuple[int, int]]) -> dict[str, Any]:
     """The whole budget, ready to be written."""
-    lines = {}
-    for capability in capabilities:
-        for name, one in search_launches(capability).items():
-            lines[f"sm_{capability[0]}{capability[1]} {name}"] = row(one, capability)
-    return {"triton": triton.__version__, "search_kernel": lines}
+    kernels = {"search_kernel": search_launches, "residual_search_kernel": residual_launches}
+    lines: dict[str, dict[str, Any]] = {kernel: {} for kernel in kernels}
+    for (kernel, launches), capability in itertools.product(kernels.items(), capabilities):
+        for name, one in launches(capability).items():
+            lines[kernel][f"sm_{capability[0]}{capability[1]} {name}"] = row(one, capability)
+    return {"triton": triton.__version__} | lines
 
 
 def main() -> None:
@@ -279,8 +296,9 @@ def main() -> None:
     from benchmarks import entropy_budget
 
     result = table(list(CHIPS)) | {"entropy": entropy_budget.table(list(CHIPS))}
-    for name, line in (result["search_kernel"] | result["entropy"]).items():
-        print(f"{name:44s}", "  ".join(f"{key} {value}" for key, value in line.items()))
+    for kernel in ("search_kernel", "residual_search_kernel", "entropy"):
+        for name, line in result[kernel].items():
+            print(f"{kernel} {name:44s}", "  ".join(f"{key} {value}" for key, value in line.items()))
     if arguments.write:
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(json.dumps(result, indent=1) + "\n")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import vqkernels as vq
+from benchmarks.hardware.residual import residual_correctness
 from benchmarks.hardware.setting import ROOT, Setting
 from benchmarks.hardware.timing import replayed
 from vqkernels.nn import VectorQuantizer
@@ -36,8 +37,8 @@ def correctness(setting: Setting) -> Iterator[Row]:
     """Rows {"what", "ok", ...}; the last is the verdict."""
     rows: list[Row] = []
     for row in itertools.chain(
-        _suite(setting), _no_waiting(setting), _graphs(setting), _whole_arrays(setting), _attacked(setting),
-        _sanitizer(setting),
+        _suite(setting), _no_waiting(setting), _graphs(setting), _whole_arrays(setting), residual_correctness(setting),
+        _attacked(setting), _sanitizer(setting),
     ):  # fmt: skip
         rows.append(row)
         yield row

@@ -1,4 +1,4 @@
-"""The benchmark grid: search, forward and backward, training step, beside the peers; and small N under CUDA graphs.
+"""The benchmark grid: search, forward and backward, training step, beside the peers; residuals; small N under graphs.
 
 Every contender's indices are compared with the contract on a sample of rows before anything is timed; a wrong index of
 ours ends the cell. Peers search in the types they are given: fp32 and fp16 are told apart by name.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vqkernels as vq
 from benchmarks.hardware import peers
+from benchmarks.hardware.residual import residual_times
 from benchmarks.hardware.setting import Setting
 from benchmarks.hardware.timing import replayed, times
 from vqkernels import reference
@@ -34,6 +35,7 @@ def grid(setting: Setting) -> Iterator[Row]:
     for cell in setting.size(CELLS, [(40, 20, 8)]):
         yield _search(setting, *cell)
         yield _training(setting, *cell)
+    yield from residual_times(setting)
     for cell in setting.size(SMALL, [(16, 20, 8)]):
         yield _graphed(setting, *cell)
 

@@ -75,3 +75,9 @@ def lucidrains(dim: int, codes: int, device: torch.device) -> Any:
     """The best-known layer, training by moving averages and straight-through gradients; raises where not installed."""
     layer = importlib.import_module("vector_quantize_pytorch").VectorQuantize
     return layer(dim=dim, codebook_size=codes, decay=0.99, rotation_trick=False).to(device)
+
+
+def lucidrains_residual(dim: int, codes: int, depth: int, device: torch.device) -> Any:
+    """Its residual layer, for inference; raises where not installed."""
+    layer = importlib.import_module("vector_quantize_pytorch").ResidualVQ
+    return layer(dim=dim, codebook_size=codes, num_quantizers=depth).to(device).eval()

@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -34,11 +34,16 @@ from regimes import Regime
 from benchmarks.triton_budget import CHIPS, MATRIX, Launch, compile_launch, instructions, recorded
 from vqkernels.backends.triton.nearest import nearest
 from vqkernels.backends.triton.quantize import lookup, quantize, quantize_backward
+from vqkernels.backends.triton.residual import residual_quantize, residual_quantize_backward
 from vqkernels.backends.triton.statistics import statistics
 
 CACHE = Path(__file__).parents[3] / "build" / "ahead_of_time.json"
 OF_A_SEARCH = {"search_kernel", "resolve_kernel", "merge_kernel"}
-OF_INTEREST = {"search_kernel", "rescore_kernel"}  # whose machine code the tests look at
+OF_RESIDUALS = {
+    "residual_search_kernel", "subtract_kernel", "compose_kernel", "residual_grad_kernel", "residual_partial_kernel",
+    "residual_total_kernel",
+}  # fmt: skip
+OF_INTEREST = {"search_kernel", "rescore_kernel", "residual_search_kernel"}  # whose machine code the tests look at
 Capability = tuple[int, int]
 
 
@@ -54,7 +59,23 @@ def exercise(regime: Regime) -> None:
     quantize_backward(z, one, one, z, codebook, indices, regime.gradient, True)
 
 
-def launches_of(capability: Capability, calls: Iterable[Regime], kernels: set[str] | None = None) -> dict[str, Launch]:
+def exercise_residual(regime: Regime) -> None:
+    """Call the entry points of residual quantization once; in "fast" too with a single code."""
+    z, codebooks, levels = regimes.stacks(regime)
+    wide = torch.float64 in (regime.z, regime.codebook)
+    _, indices, *_ = residual_quantize(z, codebooks, levels, regime.metric, "exact", regime.statistics)
+    if regime.codes == 1:
+        residual_quantize(z, codebooks, levels, regime.metric, "fast", regime.statistics)
+    losses = torch.ones(codebooks.shape[:2], dtype=torch.float64 if wide else torch.float32, device="meta")
+    residual_quantize_backward(z, losses, losses, z, codebooks, indices, regime.gradient, True)
+
+
+def launches_of(
+    capability: Capability,
+    calls: Iterable[Regime],
+    kernels: set[str] | None = None,
+    exercise: Callable[[Regime], None] = exercise,
+) -> dict[str, Launch]:
     """The launches of some calls on a chip, each once."""
     found = {}
     for regime in calls:
@@ -68,7 +89,15 @@ def everything(capability: Capability) -> dict[str, Launch]:
     """The covering design for one chip. The candidate pass knows neither dtypes nor metric: its own regimes suffice."""
     of_searches = launches_of(capability, regimes.search_regimes(capability), OF_A_SEARCH)
     others = launches_of(capability, regimes.element_regimes(capability))
-    return of_searches | {key: one for key, one in others.items() if one.kernel.__name__ != "search_kernel"}
+    of_residuals = launches_of(capability, regimes.CHAINED + regimes.BY_LEVEL, OF_RESIDUALS, exercise_residual)
+    others = {key: one for key, one in others.items() if one.kernel.__name__ != "search_kernel"}
+    return of_searches | others | of_residuals
+
+
+def representative(capability: Capability) -> dict[str, Launch]:
+    """Every kernel at least once."""
+    of_residuals = launches_of(capability, regimes.QUICK_RESIDUAL, OF_RESIDUALS, exercise_residual)
+    return launches_of(capability, regimes.QUICK) | of_residuals
 
 
 def seen(launches: Iterable[Launch]) -> set[str]:
@@ -150,7 +179,7 @@ def main() -> None:
         return
     plan = {}
     for chip in CHIPS:
-        launches = everything(chip) if options.all else launches_of(chip, regimes.QUICK)
+        launches = everything(chip) if options.all else representative(chip)
         plan |= {cache_key(one, chip): (one, chip) for one in launches.values()}
     known = read_cache()
     missing = [key for key in plan if key not in known]

@@ -22,7 +22,7 @@ CROSSED = (9, 0)  # where every triple of dtypes and metric is compiled
 
 
 class Regime(NamedTuple):
-    """One call of every entry point."""
+    """One call of every entry point, or of those of residual quantization."""
 
     dim: int = 64
     codes: int = 1000
@@ -64,6 +64,19 @@ SEARCHES = {
     "few": ((40, 1000), (40, 16384), (64, 1), (1, 300)),
     "many": ((32768, 1000), (32768, 1), (65, 65536), (10000, 16384)),
 }
+# of residual quantization: the chained search in every D bucket and metric, then level by level; masked: levels given
+CHAINED = (
+    Regime(),
+    Regime(dim=32, z=BRAIN, metric="dot", masked=True, heads=3, layout="channels"),
+    Regime(metric="cosine", masked=True, heads=3, layout="channels"),
+    Regime(dim=3, z=HALF, codebook=BRAIN, metric="cosine", rows=101, codes=1, statistics=False),
+)
+BY_LEVEL = (
+    Regime(z=DOUBLE, gradient="rotation"),
+    Regime(dim=257, codebook=DOUBLE, masked=True, layout="misaligned", rows=101),
+    Regime(dim=128, z=BRAIN, codebook=BRAIN, heads=3, layout="channels", gradient="rotation"),
+)
+QUICK_RESIDUAL = (CHAINED[-1]._replace(statistics=True), Regime(dim=80))
 DIMS_OF_BUCKET = {configs.SLICED: (256, 512)}
 
 
@@ -145,3 +158,13 @@ def operands(regime: Regime) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor |
         codebook = torch.empty(heads, regime.codes, dim + extra, dtype=regime.codebook)[..., extra:]
         mask = torch.empty(z.shape[:3], dtype=torch.bool) if regime.masked else None
     return z, codebook, mask
+
+
+def stacks(regime: Regime, depth: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """z (B, H, P, D), codebooks (H, Q, K, D) and levels (B, H, P) on the meta device."""
+    z, codebook, mask = operands(regime)
+    codebooks = codebook.unsqueeze(1).expand(-1, depth, -1, -1)
+    if regime.heads > 1:
+        codebooks = torch.empty(codebooks.shape, dtype=regime.codebook, device="meta")
+    levels = None if mask is None else torch.empty(mask.shape, dtype=torch.int64, device="meta")
+    return z, codebooks, levels

@@ -79,6 +79,21 @@ def test_an_entry_that_is_not_compiled_is_noticed(every_program, monkeypatch):
         assert unreached(every_program) == [(family, bucket, size, False), (family, bucket, size, True)]
 
 
+@pytest.mark.slow
+def test_every_shape_of_the_chained_search_is_compiled(every_program):
+    reached = {
+        (p["chip"][0], c["PADDED"], c["BM"], c["BK"], *p["options"].values())
+        for p in every_program
+        if p["kernel"] == "residual_search_kernel" and (c := p["constants"])
+    }
+    expected = {
+        (chip[0], bucket, *shape) for chip in PRODUCT for bucket, shape in configs.CHAINED[configs.family(chip)].items()
+    }
+    assert expected <= reached
+    metrics = {p["constants"]["METRIC"] for p in every_program if p["kernel"] == "residual_search_kernel"}
+    assert metrics == {"euclidean", "dot", "cosine"}
+
+
 def test_the_regimes_cover_the_table_and_every_pair():
     """Without compiling: every size bucket has its searches, every D bucket its D, every pair of values a regime."""
     for chip in PRODUCT:
@@ -107,7 +122,8 @@ def test_every_kernel_compiles_for_every_chip(programs):
     assert kernels == {
         "centre_kernel", "extent_kernel", "pack_codes_kernel", "pack_rows_kernel", "search_kernel", "merge_kernel",
         "resolve_kernel", "rescore_kernel", "gather_kernel", "key_kernel", "grad_kernel", "partial_kernel",
-        "total_kernel",
+        "total_kernel", "residual_search_kernel", "subtract_kernel", "compose_kernel", "residual_grad_kernel",
+        "residual_partial_kernel", "residual_total_kernel",
     }  # fmt: skip
     for chip in PRODUCT:
         assert {program["kernel"] for program in programs if tuple(program["chip"]) == chip} == kernels
@@ -125,7 +141,7 @@ def test_shared_memory_fits_the_chip(programs):
 
 def test_the_product_runs_on_the_chips_own_tensor_cores(programs):
     for program in programs:
-        if program["kernel"] == "search_kernel":
+        if program["kernel"] in ("search_kernel", "residual_search_kernel"):
             assert program["matrix"] == [PRODUCT[tuple(program["chip"])]], program
 
 
@@ -134,8 +150,9 @@ def test_no_tf32_anywhere(programs):
 
 
 def test_the_contract_is_evaluated_without_contraction(programs):
-    rescoring = [program for program in programs if program["kernel"] == "rescore_kernel"]
-    assert rescoring
+    contracts = {"rescore_kernel", "residual_search_kernel"}
+    rescoring = [program for program in programs if program["kernel"] in contracts]
+    assert {program["kernel"] for program in rescoring} == contracts
     for program in rescoring:
         assert program["double_fma"] == 0, program
         if program["constants"]["METRIC"] != "cosine":  # its root and division are built from them

@@ -11,6 +11,7 @@ from backends.triton.test_registration import CODES, DIM, LAYOUTS, inputs, opera
 
 __all__ = ["operators"]  # the fixture
 
+
 def flat(x, channel_dim, heads):
     """z, or anything of its shape, as (heads, rows, D)."""
     x = x.movedim(channel_dim, -1)

@@ -15,7 +15,7 @@ from vqkernels.backends import triton as backend
 from vqkernels.backends.triton.registration import OPERATORS, register
 
 NAMESPACE = "vqkernels_triton_test"
-CODES, DIM = 9, 6
+CODES, DIM, LEVELS = 9, 6, 3
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,41 @@ def test_backward_and_statistics_in_every_layout(layout, masked, operators, devi
             found, expected = operators.quantize_backward(*arguments), eager.quantize_backward(*arguments)
             same(found[0], expected[0])
             same(found[1], expected[1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "layout",
+    hostile.first(["interleaved axes", "heads, channels first", "axes that cannot be merged", "no rows", "one row"]),
+)
+def test_residuals_in_every_layout(layout, masked, operators, device):
+    """Against the operators of one level, chained: layouts are what differs here."""
+    z, channel_dim, codebook, mask = inputs(layout, masked, device)
+    heads = 1 if codebook.dim() == 2 else len(codebook)
+    codebooks = torch.stack([codebook * 0.6**level for level in range(LEVELS)], codebook.dim() - 2)
+    levels = None if mask is None else torch.where(mask, 2, 0)
+    metric = (channel_dim, "euclidean", "exact")
+    quantized, indices, errors, counts, _ = operators.residual_quantize(z, codebooks, levels, *metric, True)
+    residual, total = z, 0
+    for level in range(LEVELS):
+        passed = None if levels is None else levels > level
+        codes = codebooks.select(codebook.dim() - 2, level)
+        e, found, error, n, _ = eager.quantize(residual, codes, passed, *metric, True)
+        assert torch.equal(indices[..., level], found)
+        if heads == 1:
+            torch.testing.assert_close(errors[0, level], error, rtol=1e-6, atol=1e-6)
+        assert torch.equal(counts[:, level].flatten(), n.flatten())
+        residual, total = residual - e, total + e
+    torch.testing.assert_close(quantized, total, rtol=0, atol=0)
+    assert quantized.stride() == operators.quantize(z, codebook, mask, *metric, False)[0].stride()
+    assert indices.is_contiguous() and indices.shape[-1] == LEVELS
+    losses = torch.randn(2, heads, LEVELS, device=device).unbind()
+    arguments = (torch.ones_like(z), *losses, z, codebooks, indices, channel_dim)
+    grad_z, grad_codebooks = operators.residual_quantize_backward(*arguments, "straight_through", True)
+    assert grad_z.shape == z.shape and grad_codebooks.shape == codebooks.shape
+    kept = torch.ones_like(z) if mask is None else mask.unsqueeze(channel_dim).expand(z.shape)
+    assert (grad_z == 0).equal(kept == 0)
+    assert operators.residual_quantize_backward(*arguments, "rotation", False)[1].shape == (0,)
 
 
 @pytest.mark.parametrize("layout", ["images, channels first", "heads, channels first", "every second channel"])

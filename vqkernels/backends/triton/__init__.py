@@ -2,6 +2,7 @@
 
 nearest.nearest          statistics.statistics          quantize.quantize, .lookup, .quantize_backward
 entropy.entropy, .entropy_backward
+residual.residual_quantize, .residual_quantize_backward
 """
 
 from __future__ import annotations

@@ -100,3 +100,44 @@ def search_config(capability: tuple[int, int] | str, padded: int, rows: int) -> 
         return SearchConfig(32, 64, slice_dim(padded), 4, 1, False)
     block_rows, block_codes, warps, stages = TABLE[kind][dim_bucket(padded)][size_bucket(rows)]
     return SearchConfig(block_rows, block_codes, slice_dim(padded), warps, stages, kind != 80)
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """One compiled shape of the chained search: BM rows through all levels, BK codes at a time."""
+
+    block_rows: int
+    block_codes: int
+    warps: int
+    stages: int
+
+
+# The residual of a row block stays in registers beside the scores up to this D; from there on it would spill.
+CHAINED_DIM = 64
+# Beyond, a launch per step costs less than row blocks that leave multiprocessors idle: search.py shares the codes out.
+CHAINED_CODES = 16384
+
+# family -> D bucket -> (BM, BK, warps, stages), by the rule of TABLE: no spills. 64 rows, since residual, operand and
+# scores of a row share the registers; batches of residual codecs are small, too. Twice the codes would save a
+# cycle per score on sm_90 at D = 32 and half of one on sm_80 at D = 64, but spill a register or two.
+CHAINED: dict[int, dict[int, tuple[int, int, int, int]]] = {
+    80: {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2)},
+    90: {16: (64, 128, 4, 3), 32: (64, 64, 4, 3), 64: (64, 128, 4, 3)},
+    100: {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3)},
+}
+
+
+def chained_config(
+    capability: tuple[int, int] | str, dim: int, codes: int, rows: int, processors: int
+) -> ResidualConfig | None:
+    """The shape of the chained search, or None where the levels should be searched one after the other.
+
+    `rows` counts the rows of all heads.
+    """
+    padded, kind = padded_dim(dim), family(capability)
+    if padded > CHAINED_DIM:
+        return None
+    if isinstance(kind, str):
+        return ResidualConfig(16, 32, 4, 1)
+    config = ResidualConfig(*CHAINED[kind][padded])
+    return None if codes > CHAINED_CODES and rows < processors * config.block_rows else config

@@ -102,7 +102,7 @@ def pack_codes(
     mask: torch.Tensor | None,
     codebook: torch.Tensor,
     metric: str,
-    config: configs.SearchConfig,
+    config: configs.SearchConfig | configs.ResidualConfig,
     *,
     certified: bool,
 ) -> PackedCodes:

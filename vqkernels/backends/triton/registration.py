@@ -161,6 +161,57 @@ def _entropy_backward(
     return _written(out, view, layout), grad_codebook.view(codebook.shape) if codebook_gradient else grad_codebook
 
 
+def _stacks(codebooks: Tensor) -> Tensor:
+    return codebooks if codebooks.dim() == 4 else codebooks.unsqueeze(0)
+
+
+def _residual_quantize(
+    z: Tensor,
+    codebooks: Tensor,
+    levels: Tensor | None,
+    channel_dim: int,
+    metric: str,
+    precision: str,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebooks.dim() == 4)
+    out = empty_rows(z, layout)
+    view = layout.rows(out)
+    _, indices, squared_errors, counts, sums = _kernels("residual").residual_quantize(
+        layout.rows(z), _stacks(codebooks), _mask(layout, levels), metric, precision, statistics, out=view
+    )
+    by_row = layout.restore_rows(indices).movedim(channel_dim, -1).contiguous()
+    return _written(out, view, layout), by_row, squared_errors, counts, sums
+
+
+def _residual_quantize_backward(
+    grad_quantized: Tensor,
+    grad_codebook_losses: Tensor,
+    grad_commitment_losses: Tensor,
+    z: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    channel_dim: int,
+    gradient: str,
+    codebook_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebooks.dim() == 4)
+    out = empty_rows(z, layout)
+    view = layout.rows(out)
+    _, grad_codebooks = _kernels("residual").residual_quantize_backward(
+        layout.rows(grad_quantized),
+        grad_codebook_losses,
+        grad_commitment_losses,
+        layout.rows(z),
+        _stacks(codebooks),
+        layout.rows(indices.movedim(-1, channel_dim)),
+        gradient,
+        codebook_gradient,
+        out=view,
+    )
+    return _written(out, view, layout), grad_codebooks.view(codebooks.shape) if codebook_gradient else grad_codebooks
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "nearest": _nearest,
     "quantize": _quantize,
@@ -170,4 +221,6 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "statistics": _statistics,
     "entropy": _entropy,
     "entropy_backward": _entropy_backward,
+    "residual_quantize": _residual_quantize,
+    "residual_quantize_backward": _residual_quantize_backward,
 }

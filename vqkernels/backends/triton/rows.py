@@ -81,6 +81,35 @@ def code_units(state):
 
 
 @triton.jit
+def row_scale(largest, poisoned, state, WIDE: tl.constexpr):
+    """(2^r, beta, fits, cut) of rows whose largest element is known; fits: their arithmetic stays in range."""
+    exponent = binary_exponent(largest, WIDE)
+    fits = (exponent < 120) & (poisoned == 0)
+    # 2^(10 - r): at least -116, so that the scale stays a normal fp32 number; smaller rows just use fewer bits
+    exponent = tl.minimum(tl.maximum(exponent, -116), 120)
+    scale = power_of_two(10 - exponent, WIDE)
+    code_exponent, cut = code_units(state)
+    code_exponent = tl.minimum(10 - code_exponent, 126)  # c
+    shift = code_exponent + exponent - 10
+    fits = fits & (shift < 40)
+    # below 2^-126 the row is nothing beside the codes; the flat 2^-40 of the certificate covers the difference
+    beta = power_of_two(tl.minimum(tl.maximum(shift, -126), 40), False)
+    return scale, beta, fits, cut
+
+
+@triton.jit
+def row_bounds(squares, residual, beta, fits, cut, PADDED: tl.constexpr):
+    """(norm, error) in code units, from the sums of q² and of (2^r (z - centre) - q)²."""
+    slack: tl.constexpr = 1.0 + (PADDED + 8) * 2.0**-22
+    norm = tl.sqrt(squares) * slack
+    error = tl.sqrt(residual) * slack + norm * 2.0**-22 + 2.0**-40
+    norm = norm * beta
+    error = tl.where(fits, error * beta, float("inf"))
+    # a row this long may be near a code that was left out
+    return norm, tl.where(cut & (norm + error > 512.0), float("inf"), error)
+
+
+@triton.jit
 def pack_rows_kernel(
     z, centre, state, mask, packed, beta_out, norm_out, error_out,
     rows, padded_rows, positions, stride_b, stride_h, stride_p, stride_d, mask_b, mask_h, mask_p,
@@ -105,18 +134,7 @@ def pack_rows_kernel(
         poisoned = tl.maximum(poisoned, tl.max(tl.where(finite, 0, 1), axis=1))
         largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
 
-    exponent = binary_exponent(largest, WIDE)
-    fits = (exponent < 120) & (poisoned == 0)
-    # 2^(10 - r): at least -116, so that the scale stays a normal fp32 number; smaller rows just use fewer bits
-    exponent = tl.minimum(tl.maximum(exponent, -116), 120)
-    scale = power_of_two(10 - exponent, WIDE)
-    code_exponent, cut = code_units(state + head * STATE)
-    code_exponent = tl.minimum(10 - code_exponent, 126)  # c
-    shift = code_exponent + exponent - 10
-    fits = fits & (shift < 40)
-    # below 2^-126 the row is nothing beside the codes; the flat 2^-40 of the certificate covers the difference
-    beta = power_of_two(tl.minimum(tl.maximum(shift, -126), 40), False)
-
+    scale, beta, fits, cut = row_scale(largest, poisoned, state + head * STATE, WIDE)
     squares = tl.zeros((BM,), tl.float32)
     residual = tl.zeros((BM,), tl.float32)
     out = packed + (head.to(tl.int64) * padded_rows + row)[:, None] * PADDED
@@ -131,13 +149,7 @@ def pack_rows_kernel(
         squares += tl.sum(rounded * rounded, axis=1)
         residual += tl.sum((x - rounded) * (x - rounded), axis=1)  # the difference is exact in fp32
 
-    slack: tl.constexpr = 1.0 + (PADDED + 8) * 2.0**-22
-    norm = tl.sqrt(squares) * slack
-    error = tl.sqrt(residual) * slack + norm * 2.0**-22 + 2.0**-40
-    norm = norm * beta
-    error = tl.where(fits, error * beta, float("inf"))
-    # a row this long may be near a code that was left out
-    error = tl.where(cut & (norm + error > 512.0), float("inf"), error)
+    norm, error = row_bounds(squares, residual, beta, fits, cut, PADDED)
     norm = tl.where(poisoned > 0, float("nan"), norm)
     norm = tl.where(live, norm, -1.0)
     at = head.to(tl.int64) * padded_rows + row
