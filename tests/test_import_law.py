@@ -32,6 +32,9 @@ DRAWN = {
     "bench/targets": {"bench/cases", "bench/run"},
     "bench/report": {"bench/cases", "bench/run", "bench/targets"},
     "bench/plot": {"bench/cases", "bench/report", "bench/run"},
+    "dropin/diffusers": {"dropin/adoption", "dropin/vqgan"},
+    "dropin/taming": {"dropin/adoption", "dropin/vqgan"},
+    "dropin/swap": {"dropin/diffusers", "dropin/taming"},
     "nn/draws": {"nn/heads"},
     "nn/initialisation": {"nn/draws", "nn/heads", "nn/synchronisation"},
     "nn/orthogonal": {"nn/checks", "nn/normalisation"},
@@ -131,10 +134,11 @@ def test_no_cycles():
 
 
 def test_the_package_is_light():
-    """Importing vqkernels imports neither models nor training, and adds less than 0.3 s to torch."""
+    """Importing vqkernels imports neither models nor training nor drop-ins, and adds less than 0.3 s to torch."""
     code = (
         "import time, torch, sys; t = time.perf_counter(); import vqkernels; print(time.perf_counter() - t);"
-        "print([m for m in sys.modules if m.startswith(('vqkernels.models', 'vqkernels.training', 'vqkernels.cli'))])"
+        "heavy = tuple(f'vqkernels.{floor}' for floor in ('models', 'training', 'cli', 'dropin'));"
+        "print([m for m in sys.modules if m.startswith(heavy)])"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
     seconds, heavy = zip(*(run.stdout.splitlines() for run in runs), strict=True)
