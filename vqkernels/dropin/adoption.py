@@ -13,7 +13,21 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _STORES = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def share(source: nn.Module, target: nn.Module, *, apart: frozenset[str] = frozenset()) -> None:
@@ -32,6 +46,12 @@ def share(source: nn.Module, target: nn.Module, *, apart: frozenset[str] = froze
     target.training = source.training
 
 
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The same dictionaries in both, so that a handle given out before removes its hook from either."""
+    for hooks in _HOOKS:
+        target.__dict__[hooks] = source.__dict__[hooks]
+
+
 def adopt_as(layer: type[Layer], peer: nn.Module, *, apart: frozenset[str] = frozenset()) -> Layer:
     """A `layer` that shares the state of `peer`: nothing is drawn, allocated or initialised."""
     ours = layer.__new__(layer)
@@ -47,5 +67,5 @@ def check_unhooked(peer: nn.Module, *names: str) -> None:
         ValueError: names the child module.
     """
     for name in names:
-        if any(getattr(getattr(peer, name), hooks) for hooks in _HOOKS):
+        if any(getattr(getattr(peer, name), hooks) for hooks in _CALLED):
             raise ValueError(f"its module '{name}' has hooks, which would not be called")

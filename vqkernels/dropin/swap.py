@@ -11,27 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from . import diffusers, taming
+from . import dac, diffusers, encodec, mimi, taming
+from .adoption import share_hooks
 
-_FILES: tuple[Any, ...] = (diffusers, taming)
+_FILES: tuple[Any, ...] = (taming, diffusers, encodec, mimi, dac)
 ADAPTERS = {name: adopt for file in _FILES for name, adopt in file.ADAPTERS.items()}
 RELEASERS = {name: release for file in _FILES for name, release in file.RELEASERS.items()}
 
 _REPLACED = "_vqkernels_replaced"  # in the new layer's __dict__, where no walk over modules finds it
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 @dataclass(frozen=True)
@@ -126,7 +113,7 @@ def restore_quantizers(model: nn.Module) -> Report:
     for parent, key, layer, peer in places:
         if layer.__dict__.pop(_REPLACED, None) is not None:
             RELEASERS[_name(type(peer))](layer, peer)
-            _share_hooks(layer, peer)
+            share_hooks(layer, peer)
         parent._modules[key] = peer
     return report
 
@@ -162,15 +149,9 @@ def _adopt(peer: nn.Module, full_name: str, exact: bool) -> nn.Module | str:
         layer = ADAPTERS[full_name](peer)
     except ValueError as error:
         return str(error)
-    _share_hooks(peer, layer)
+    share_hooks(peer, layer)
     layer.__dict__[_REPLACED] = peer
     return layer
-
-
-def _share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """The same dictionaries, so that a handle given out before removes its hook from either."""
-    for hooks in _HOOKS:
-        target.__dict__[hooks] = source.__dict__[hooks]
 
 
 def _known(module: nn.Module) -> tuple[str, bool] | None:
