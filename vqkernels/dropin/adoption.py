@@ -5,6 +5,7 @@ optimizer goes on, hooks of child modules stay, and what is learned in one is le
 *replaces* in one of them (`.to` replaces buffers) has to be handed over again.
 """
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -69,3 +70,24 @@ def check_unhooked(peer: nn.Module, *names: str) -> None:
     for name in names:
         if any(getattr(getattr(peer, name), hooks) for hooks in _CALLED):
             raise ValueError(f"its module '{name}' has hooks, which would not be called")
+
+
+def check_tensors(
+    peer: nn.Module, shapes: Mapping[str, tuple[int | None, ...]], attributes: tuple[str, ...] = ()
+) -> None:
+    """Refuses a class that only has the name of the one that is meant: for peers that are no installed package.
+
+    Args:
+        shapes: of Parameters and buffers, by name.
+        attributes: what else it must have.
+
+    Raises:
+        ValueError: names what is missing or of another shape.
+    """
+    found = {name: tuple(x.shape) for name, x in (*peer.named_parameters(), *peer.named_buffers())}
+    for name, shape in shapes.items():
+        if found.get(name) != shape:
+            raise ValueError(f"it is another class of that name: '{name}' is {found.get(name)} instead of {shape}")
+    for name in attributes:
+        if not hasattr(peer, name):
+            raise ValueError(f"it is another class of that name: it has no '{name}'")

@@ -11,10 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from . import dac, diffusers, encodec, mimi, taming
+from . import dac, diffusers, encodec, llamagen, mimi, pytorch_vqvae, rosinality, taming
 from .adoption import share_hooks
 
-_FILES: tuple[Any, ...] = (taming, diffusers, encodec, mimi, dac)
+_FILES: tuple[Any, ...] = (
+    taming,
+    diffusers,
+    rosinality,
+    encodec,
+    dac,
+    mimi,
+    llamagen,
+    pytorch_vqvae,
+)
 ADAPTERS = {name: adopt for file in _FILES for name, adopt in file.ADAPTERS.items()}
 RELEASERS = {name: release for file in _FILES for name, release in file.RELEASERS.items()}
 
