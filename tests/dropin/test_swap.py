@@ -92,6 +92,18 @@ def test_hooks_are_called_and_removed_before_and_after():
     assert seen == 2 * ["before", "with kwargs", "new", "backward"]
 
 
+def test_a_backward_hook_made_after_the_swap_is_a_full_one_after_it_is_undone():
+    model, seen = Model(), []
+    swap_quantizers(model)
+    handle = model.blocks[1].register_full_backward_hook(lambda m, given, taken: seen.append(given[0].shape))
+    restore_quantizers(model)
+    run(model)
+    assert seen == [(1, 4, 2, 2)]
+    handle.remove()
+    run(model)
+    assert len(seen) == 1
+
+
 def test_nothing_is_drawn():
     model = Model()
     state = torch.get_rng_state()

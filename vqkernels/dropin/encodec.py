@@ -96,7 +96,7 @@ class EuclideanCodebook(nn.Module):
     @torch.no_grad()
     def _initialise(self, x: Tensor, channel_dim: int) -> None:
         if self._ready is None:
-            self._ready = bool(self.inited)
+            self._ask()
         if self._ready or (x.numel() == 0 and world_size() == 1):
             return
         codes, _ = kmeans(x, self.codebook_size, iterations=self.kmeans_iters, channel_dim=channel_dim)
@@ -113,7 +113,11 @@ class EuclideanCodebook(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self._ready = None
+        self._ask()
+
+    def _ask(self) -> None:
+        """Takes `inited` to the host; on the meta device, which knows no values, the first forward does."""
+        self._ready = None if self.inited.is_meta else bool(self.inited)
 
 
 class VectorQuantization(nn.Module):
@@ -172,7 +176,8 @@ class VectorQuantization(nn.Module):
         """
         result = self._codebook.learn(self.project_in(x.transpose(1, 2)), -1)
         quantized = result.quantized if self.training else result.quantized.detach()
-        loss = torch.zeros(1, device=x.device, requires_grad=self.training)
+        leaf = self.training and not torch.compiler.is_compiling()  # a compiled graph cannot make a leaf
+        loss = torch.zeros(1, device=x.device, requires_grad=leaf)
         if self.training and self.commitment_weight > 0:
             loss = loss + result.commitment_loss * self.commitment_weight
         return self.project_out(quantized).transpose(1, 2), result.indices, loss
@@ -251,7 +256,7 @@ def _adopt(peer: nn.Module) -> VectorQuantization:
     ours = adopt_as(VectorQuantization, peer, apart=frozenset({"_codebook"}))
     inner = peer.get_submodule("_codebook")
     ours._codebook = adopt_as(EuclideanCodebook, inner)
-    ours._codebook._ready = None
+    ours._codebook._ask()
     share_hooks(inner, ours._codebook)
     return ours
 

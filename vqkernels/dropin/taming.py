@@ -40,7 +40,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """z (B, C, H, W) -> `(quantized (B, C, H, W), loss (), (perplexity (), one_hot (N, K), indices (N, 1)))`.
 
-        N = B * H * W in the order of b, h, w. The one-hot matrix is a sparse tensor of N entries.
+        N = B * H * W in the order of b, h, w. The one-hot matrix is a sparse tensor of N entries, at which
+        `torch.compile` breaks the graph.
         """
         result = quantize_images(z, self.embedding.weight, statistics=True)
         loss = result.commitment_loss + self.beta * result.codebook_loss
