@@ -99,8 +99,8 @@ class ResidualVectorQuantize(nn.Module):
         self.quantizer_dropout = quantizer_dropout
         self.quantizers = nn.ModuleList(VectorQuantize(input_dim, codebook_size, dim) for dim in dims[:n_codebooks])
 
-    def forward(self, z: Tensor, n_quantizers: int | None = None) -> dict[str, Any]:
-        """z (B, input_dim, T) -> quantized `z`, `codes` (B, Q, T), `latents` (B, sum of dims, T) and both losses ().
+    def forward(self, z: Tensor, n_quantizers: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """z (B, input_dim, T) -> `(quantized, codes (B, Q, T), latents (B, sum of dims, T), commitment, codebook)`.
 
         Args:
             n_quantizers: how many, in eval; in training all are used but for dropout, as in the peer.
@@ -124,13 +124,7 @@ class ResidualVectorQuantize(nn.Module):
             losses = [loss + (part * mask).mean() for loss, part in zip(losses, (commitment, codebook), strict=True)]
             codes.append(indices)
             latents.append(latent)
-        return {
-            "z": total,
-            "codes": torch.stack(codes, 1),
-            "latents": torch.cat(latents, 1),
-            "vq/commitment_loss": losses[0],
-            "vq/codebook_loss": losses[1],
-        }
+        return total, torch.stack(codes, 1), torch.cat(latents, 1), losses[0], losses[1]
 
     def _first(self, count: int) -> list[VectorQuantize]:
         return [x for x in self.quantizers[:count] if isinstance(x, VectorQuantize)]
