@@ -34,6 +34,23 @@ def lossy():
 def alone():
     return VectorQuantizer(8, 8, beta=0.25), torch.randn(1, 8, 8, 8)
 
+class Normalised(Autoencoder):
+    def __init__(self, size):
+        super().__init__(size)
+        self.encoder = nn.utils.weight_norm(self.encoder)
+
+def normalised():
+    return Normalised(8), torch.randn(1, 3, 8, 8)
+
+class Growing(Normalised):
+    made = 8
+    def __init__(self):
+        super().__init__(Growing.made)
+        Growing.made += 1
+
+def growing():
+    return Growing(), torch.randn(1, 3, 8, 8)
+
 class Frozen(Autoencoder):
     def forward(self, images):
         with torch.no_grad():
@@ -73,12 +90,14 @@ def models(tmp_path, monkeypatch):
 PEER = "diffusers.models.autoencoders.vae.VectorQuantizer -> vqkernels.dropin.diffusers.VectorQuantizer"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "name,first,compared,kind",
     [
         ("small", f"quantizer: {PEER}", ["outputs", "gradients"], "step"),
         ("lossy", f"quantizer: {PEER}", ["outputs", "gradients"], "step"),
         ("alone", f"the model: {PEER}", ["outputs", "gradients"], "step"),
+        ("normalised", f"quantizer: {PEER}", ["outputs", "gradients"], "step"),
         ("frozen", f"quantizer: {PEER}", ["outputs"], "forward"),
     ],
 )
@@ -92,6 +111,7 @@ def test_the_report(models, capsys, name, first, compared, kind):
     assert "ms before" in lines[-2] and "x as fast" in lines[-1]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "name,sentence",
     [
@@ -100,6 +120,7 @@ def test_the_report(models, capsys, name, first, compared, kind):
         ("fails", "the model failed: RuntimeError: "),
         ("wrong_loss", "the loss failed: TypeError: "),
         ("no_gradient", "the loss must be one number with a gradient"),
+        ("growing", "the model can neither be copied nor made twice: RuntimeError: "),
         ("missing", "'my_swapped' has no function 'missing'"),
     ],
 )
@@ -118,12 +139,16 @@ def test_wrong_arguments(capsys, arguments):
     assert exit.value.code == 2 and "must be" in capsys.readouterr().err
 
 
+def _never():
+    raise AssertionError("a model that can be copied is not made twice")
+
+
 def test_comparing_leaves_the_model_as_it_was(models):
     import importlib
 
     model, inputs = importlib.import_module(models).small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    pair = Pair(Subject(model, (inputs,), lambda output: output[1]))
+    pair = Pair(Subject(model, (inputs,), lambda output: output[1]), _never)
     pair.compare()
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
     assert type(model.quantizer).__module__.startswith("diffusers") and pair.theirs[0] is model
@@ -151,7 +176,7 @@ def test_a_wrong_swap_is_seen():
         def forward(self, z):
             return self.quantizer(z)[1]
 
-    pair = Pair(Subject(Loss(), (torch.randn(1, 4, 8, 8),), lambda output: output))
+    pair = Pair(Subject(Loss(), (torch.randn(1, 4, 8, 8),), lambda output: output), _never)
     pair.ours[0].quantizer.beta = 0.5
     assert all(difference.floats > 0.01 for difference in pair.compare().values())
 

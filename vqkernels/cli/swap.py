@@ -49,10 +49,16 @@ class Difference:
 
 
 class Pair:
-    """A model as it is, and a copy whose quantizers are swapped, each in a holder, so that it may itself be one."""
+    """A model as it is, and a copy whose quantizers are swapped, each in a holder, so that it may itself be one.
 
-    def __init__(self, subject: Subject) -> None:
-        """Raises: ModelError, in one sentence, where the model cannot be measured or nothing can be swapped."""
+    Args:
+        again: makes another model like it, where it cannot be copied: those with torch's older weight norm cannot.
+
+    Raises:
+        ModelError: in one sentence, where the model cannot be measured or holds no known quantizer.
+    """
+
+    def __init__(self, subject: Subject, again: Callable[[], Subject]) -> None:
         self.subject = subject
         self.theirs = nn.Sequential(subject.model.train())
         self.trains = True  # while it is looked at; what is initialised from the first batch is initialised now
@@ -61,13 +67,21 @@ class Pair:
             self.loss(self.theirs)
         else:
             self.theirs.eval()
-        try:
-            self.ours = copy.deepcopy(self.theirs)
-        except Exception as error:
-            raise ModelError(f"the model cannot be copied: {told(error)}") from error
+        self.ours = self._copy(again)
         self.report: Report = swap_quantizers(self.ours)
         if not self.report:
             raise ModelError(f"no known quantizer was found; known are {', '.join(ADAPTERS)}")
+
+    def _copy(self, again: Callable[[], Subject]) -> nn.Sequential:
+        try:
+            return copy.deepcopy(self.theirs)
+        except Exception:  # whatever a part of the model raises
+            other = nn.Sequential(again().model).train(self.theirs.training)
+        try:
+            other.load_state_dict(self.theirs.state_dict())
+        except Exception as error:
+            raise ModelError(f"the model can neither be copied nor made twice: {told(error)}") from error
+        return other
 
     def output(self, holder: nn.Sequential) -> Any:
         """What the model returns, with the random numbers of both the same."""
@@ -170,7 +184,7 @@ def run(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     least, most = (2, 2) if options.quick else (5, 25)
     try:
-        pair = Pair(load(options.model))
+        pair = Pair(load(options.model), lambda: load(options.model))
         print("\n".join(_without_holder(str(entry)) for entry in pair.report), flush=True)
         if not pair.report.swapped:
             raise ModelError("no quantizer was swapped")
