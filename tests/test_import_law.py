@@ -78,7 +78,27 @@ DRAWN = {
         "dropin/lucidrains_residual",
         "dropin/lucidrains_simvq",
     },
-    "dropin/swap": {"dropin/lucidrains"},
+    "dropin/dac": {"dropin/adoption"},
+    "dropin/diffusers": {"dropin/adoption", "dropin/vqgan"},
+    "dropin/encodec": {"dropin/adoption", "dropin/laplace", "dropin/tokens"},
+    "dropin/llamagen": {"dropin/adoption", "dropin/vqgan"},
+    "dropin/mimi": {"dropin/adoption", "dropin/tokens"},
+    "dropin/pytorch_vqvae": {"dropin/adoption"},
+    "dropin/rosinality": {"dropin/adoption", "dropin/laplace"},
+    "dropin/swap": {
+        "dropin/adoption",
+        "dropin/dac",
+        "dropin/diffusers",
+        "dropin/encodec",
+        "dropin/llamagen",
+        "dropin/lucidrains",
+        "dropin/mimi",
+        "dropin/pytorch_vqvae",
+        "dropin/rosinality",
+        "dropin/taming",
+    },
+    "dropin/taming": {"dropin/adoption", "dropin/vqgan"},
+    "dropin/tokens": {"dropin/adoption"},
     "nn/draws": {"nn/heads"},
     "nn/entropy": {"nn/heads"},
     "nn/initialisation": {"nn/draws", "nn/heads", "nn/residuals", "nn/synchronisation"},
@@ -195,10 +215,11 @@ def test_no_cycles():
 
 
 def test_the_package_is_light():
-    """Importing vqkernels imports neither models nor training, and adds less than 0.3 s to torch."""
+    """Importing vqkernels imports neither models nor training nor drop-ins, and adds less than 0.3 s to torch."""
     code = (
         "import time, torch, sys; t = time.perf_counter(); import vqkernels; print(time.perf_counter() - t);"
-        "print([m for m in sys.modules if m.startswith(('vqkernels.models', 'vqkernels.training', 'vqkernels.cli'))])"
+        "heavy = tuple(f'vqkernels.{floor}' for floor in ('models', 'training', 'cli', 'dropin'));"
+        "print([m for m in sys.modules if m.startswith(heavy)])"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
     seconds, heavy = zip(*(run.stdout.splitlines() for run in runs), strict=True)

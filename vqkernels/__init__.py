@@ -1,5 +1,7 @@
 """Fused, exact kernels for vector quantization. The public names are those in `__all__`."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import nn, reference
 from .backends.registry import use_backend
 from .ops.entropy import entropy_loss
@@ -10,6 +12,9 @@ from .ops.residual import ResidualVectorQuantizeFunction, residual_vector_quanti
 from .ops.sample import sample_code
 from .ops.statistics import codebook_statistics
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .dropin.swap import restore_quantizers, swap_quantizers
 
 __all__ = [
     "ResidualVectorQuantizeFunction",
@@ -22,7 +27,18 @@ __all__ = [
     "nn",
     "reference",
     "residual_vector_quantize",
+    "restore_quantizers",
     "sample_code",
+    "swap_quantizers",
     "use_backend",
     "vector_quantize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The names that are imported when they are asked for."""
+    if name in ("restore_quantizers", "swap_quantizers"):
+        from .dropin import swap
+
+        return getattr(swap, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

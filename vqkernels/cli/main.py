@@ -14,9 +14,10 @@ COMMANDS = {
     "info": "show version, machine and backends",
     "verify": "prove the kernels on this machine's GPU, so that they are used",
     "bench": "measure speed, memory and error beside every peer",
+    "swap": "swap the quantizers of your model, compare and measure",
     "attack": "search for a wrong index in every backend",
 }
-CORE = frozenset({"info", "verify", "attack", "bench"})  # commands that need torch alone
+CORE = frozenset({"info", "verify", "attack", "bench", "swap"})  # commands that need torch alone
 EXTRA = frozenset({"PIL", "numpy", "safetensors", "sklearn", "tensorboard", "tomli", "tomli_w", "tqdm", "tyro"})
 
 

@@ -1,1 +1,1 @@
-"""Layers with the constructors, results and checkpoints of the quantizers that people already use."""
+"""Drop-in quantizers: one file per peer library, and `swap`, which puts them into a finished model."""

@@ -1,0 +1,73 @@
+"""Averages over two gloo processes are those of one process on the joined batch; the layers are older than the group.
+
+Run as a program it is one of the processes: rank, world size, meeting file, output.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import vqkernels
+from vqkernels.dropin.encodec import EuclideanCodebook
+from vqkernels.dropin.rosinality import Quantize
+
+SHARES = {1: [[40]] * 4, 2: [[20, 20], [37, 3], [40, 0], [0, 40]]}
+LAYERS = {
+    "rosinality": lambda: Quantize(4, 12),
+    "encodec": lambda: EuclideanCodebook(4, 12),
+    "encodec from data": lambda: EuclideanCodebook(4, 12, kmeans_init=True),
+}
+
+
+def built() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(3)
+    return {name: build() for name, build in LAYERS.items()}
+
+
+def trained(layers: dict[str, torch.nn.Module], rank: int, world: int) -> dict[str, torch.Tensor]:
+    for step in range(4):
+        x = torch.randn(40, 4, generator=torch.Generator().manual_seed(step))
+        for layer in layers.values():
+            layer(x.split(SHARES[world][step])[rank])
+    return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
+    environment = {
+        "PYTHONPATH": str(Path(vqkernels.__file__).parents[1]),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+    }
+    program = [sys.executable, __file__]
+    arguments = [[str(r), "2", str(tmp_path / "meeting"), str(tmp_path / f"{r}.pt")] for r in range(2)]
+    processes = [
+        subprocess.Popen([*program, *a], env=environment, stderr=subprocess.PIPE, text=True) for a in arguments
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=150)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    alone = trained(built(), 0, 1)
+    assert first.keys() == second.keys() == alone.keys()
+    for key, value in first.items():
+        assert value.equal(second[key]), key
+        if "from data" not in key:  # rank 0 begins with the codes of its own rows
+            torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    assert first["encodec from data.inited"].item() == 1 and first["encodec from data.embed"].isfinite().all()
+
+
+if __name__ == "__main__":
+    early = built()
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
+    torch.save(trained(early, rank, world), sys.argv[4])
+    dist.destroy_process_group()

@@ -1,0 +1,23 @@
+"""Moving averages with Laplace smoothing, as the ports of Sonnet's quantizer do it (van den Oord et al. 2017, A.1).
+
+With counts c and sums s of the rows of each code in one step, decay g and n = sum_k N_k:
+
+    N <- g N + (1 - g) c,    m <- g m + (1 - g) s,    e_k <- m_k / ((N_k + eps) / (n + K eps) n).
+
+All codes are rewritten in every step, those without rows too. Where no code has ever had a row (n = 0) they stay.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def laplace_update_(
+    embed: Tensor, cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float
+) -> None:
+    """Updates `embed (K, D)`, `cluster_size (K,)`, `embed_avg (K, D)` in place from one step's counts and sums."""
+    cluster_size.mul_(decay).add_(counts.to(cluster_size.dtype), alpha=1 - decay)
+    embed_avg.mul_(decay).add_(sums.to(embed_avg.dtype), alpha=1 - decay)
+    total = cluster_size.sum()
+    smoothed = (cluster_size + eps) / (total + len(cluster_size) * eps) * total
+    embed.copy_(torch.where(total > 0, embed_avg / smoothed.unsqueeze(1), embed))

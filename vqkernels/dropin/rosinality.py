@@ -1,0 +1,71 @@
+"""Drop-in quantizer for rosinality's vq-vae-2-pytorch: `Quantize`, channels last, its codebook transposed.
+
+Search, look-up, loss and statistics are one pass; no distances and no one-hot matrix are built. As in the peer, codes
+that were never used move far away in the first steps, where their smoothed usage is nearly 0: checkpoints rest on it.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn.synchronisation import sum_over_ranks
+from ..ops.quantize import quantize_with_statistics
+from .adoption import adopt_as, check_tensors, share
+from .laplace import laplace_update_
+
+
+class Quantize(nn.Module):
+    """`Quantize` of vq-vae-2-pytorch's `vqvae.py`.
+
+    Args:
+        dim: D, channels of the input and of the codes.
+        n_embed: K.
+        decay, eps: of the averages, see `vqkernels.dropin.laplace`.
+
+    State, float32 buffers: `embed (D, K)`, `cluster_size (K,)`, `embed_avg (D, K)`. With a process group the statistics
+    of all ranks are summed.
+    """
+
+    dim: int
+    n_embed: int
+    decay: float
+    eps: float
+    embed: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
+
+    def __init__(self, dim: int, n_embed: int, decay: float = 0.99, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.dim, self.n_embed, self.decay, self.eps = dim, n_embed, decay, eps
+        self.register_buffer("embed", torch.randn(dim, n_embed))
+        self.register_buffer("cluster_size", torch.zeros(n_embed))
+        self.register_buffer("embed_avg", self.embed.clone())
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """input (..., D) -> `(quantized (..., D), loss (), indices (...))`; the loss is the commitment, unweighted."""
+        # A copy: the search wants codes in rows, and the update below overwrites what the backward pass needs.
+        codes = self.embed.t().clone(memory_format=torch.contiguous_format)
+        dtype = torch.promote_types(input.dtype, codes.dtype)
+        result = quantize_with_statistics(input.to(dtype), codes, statistics=self.training)
+        if self.training:
+            counts, sums = sum_over_ranks(result.counts[0], result.sums[0])
+            embed, embed_avg = self.embed.t(), self.embed_avg.t()
+            laplace_update_(embed, self.cluster_size, embed_avg, counts, sums, self.decay, self.eps)
+        return result.quantized, result.commitment_loss.to(dtype), result.indices
+
+    def embed_code(self, embed_id: Tensor) -> Tensor:
+        """Codes (..., D) of int64 (...)."""
+        return F.embedding(embed_id, self.embed.t())
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.n_embed}, decay={self.decay}, eps={self.eps}"
+
+
+def _adopt(peer: nn.Module) -> Quantize:
+    size, dim = getattr(peer, "n_embed", None), getattr(peer, "dim", None)
+    check_tensors(peer, {"embed": (dim, size), "cluster_size": (size,), "embed_avg": (dim, size)}, ("decay", "eps"))
+    return adopt_as(Quantize, peer)
+
+
+ADAPTERS = {"vqvae.Quantize": _adopt}
+RELEASERS = {"vqvae.Quantize": share}
