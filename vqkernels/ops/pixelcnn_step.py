@@ -97,8 +97,9 @@ def advance(
         raise ValueError("codes must be contiguous")
     if weights.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"weights must be float32 or float64, got {weights.dtype}")
-    registry.resolve(backend, codes.device)
-    chosen = "eager"
+    chosen = registry.resolve(backend, codes.device)
+    if chosen == "triton":  # a GPU has no kernel of its own for this operator
+        chosen = "eager"
     pixelcnn_step(
         chosen, codes, cache, logits, weights, biases, condition, noise, list(sizes), residual_head, begin, end,
         temperature, top_k, top_p, guidance,
