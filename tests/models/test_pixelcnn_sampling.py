@@ -201,6 +201,12 @@ def test_float32_draws_the_same_codes_on_these_seeds(backend, seed):
     assert torch.equal(*draws)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_sampled_in_float32(backend, dtype):
+    model = prior(dtype=dtype, num_classes=3, condition_channels=2)
+    assert torch.equal(draw(model, (2, 3, 4), backend=backend), draw(model.float(), (2, 3, 4), cached=False))
+
+
 def test_the_noise_is_drawn_before_the_loop(backend):
     """The generator ends where one tensor of uniform numbers leaves it, whatever is known."""
     model, expected = prior(), torch.Generator().manual_seed(5)

@@ -139,6 +139,40 @@ def test_draws_have_the_right_frequencies():
     assert sorted(kept.unique().tolist()) == [1, 2]  # 2 and 1 hold 0.84 of the mass, 2 alone 0.65
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 19, 32])
+def test_nothing_outside_the_tensors_is_read_or_written(cpu_kernels, dtype, channels):
+    """Every tensor lies between NaN; the codes are those without, and the NaN stays."""
+    made = model(dtype, hidden_channels=channels, condition_channels=3)
+    expected, fenced = (
+        CachedSampler(
+            PackedPixelCNN(made),
+            torch.full((5, 4, 4), -1),
+            torch.rand(5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+            None,
+            torch.ones(5, 3, 4, 4),
+            EVERYTHING,
+            backend="cpu",
+        )
+        for _ in range(2)
+    )
+    fences = []
+
+    def fence(x: torch.Tensor) -> torch.Tensor:
+        around = torch.full((x.numel() + 128,), torch.nan, dtype=x.dtype)
+        fences.append(around)
+        around[64:-64] = x.flatten()
+        return around[64:-64].view(x.shape)
+
+    fenced.packed.weights, fenced.cache = fence(fenced.packed.weights), fence(fenced.cache)
+    fenced.biases, fenced.condition = fence(fenced.biases), fence(fenced.condition)
+    logits = fence(torch.zeros(16, 5, 50, dtype=dtype))
+    expected.advance(0, 16)
+    fenced.advance(0, 16, logits)
+    assert torch.equal(fenced.codes, expected.codes) and logits.isfinite().all()
+    assert all(around[:64].isnan().all() and around[-64:].isnan().all() for around in fences)
+
+
 class Allocations(TorchDispatchMode):
     """Counts results whose memory is none of their arguments'."""
 

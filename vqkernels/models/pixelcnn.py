@@ -65,13 +65,16 @@ class GatedLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Both stacks (B, C, H, W), labels (B,) and a condition (B, C', H, W) in, both stacks out."""
         above = self.vertical(F.pad(vertical, self.vertical_padding))  # [B, 2C, H, W]
-        left = self.horizontal(F.pad(horizontal, self.horizontal_padding)) + self.vertical_to_horizontal(above)
+        left = self.vertical_to_horizontal(above)
+        left += self.horizontal(F.pad(horizontal, self.horizontal_padding))  # in place: no gradient needs a term of it
         if self.class_bias is not None and labels is not None:
             vertical_bias, horizontal_bias = self.label_bias(labels)[:, :, None, None].chunk(2, dim=1)
-            above, left = above + vertical_bias, left + horizontal_bias
+            above = above + vertical_bias
+            left += horizontal_bias
         if self.condition is not None:
             vertical_bias, horizontal_bias = self.condition(condition).chunk(2, dim=1)
-            above, left = above + vertical_bias, left + horizontal_bias
+            above = above + vertical_bias
+            left += horizontal_bias
         result = self.output(self.dropout(_gate(left)))
         return _gate(above), horizontal + result if self.residual else result
 

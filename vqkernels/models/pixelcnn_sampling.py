@@ -165,7 +165,8 @@ class PackedPixelCNN:
         for name, convolution in (("head", head[1]), ("logits", head[3])):
             matrices[name], matrices[f"{name}_bias"] = convolution.weight.flatten(1).T, convolution.bias[None]
         matrices["embedding"] = model.embedding.weight
-        self.weights = pack([matrices[name] for name, _, _ in self.sizes.matrices()]).detach()
+        dtype = torch.float64 if model.embedding.weight.dtype == torch.float64 else torch.float32
+        self.weights = pack([matrices[name].to(dtype) for name, _, _ in self.sizes.matrices()]).detach()
         self.residual_head = isinstance(head[0], nn.ReLU)
 
     def biases(self, labels: Tensor | None, rows: int) -> Tensor:
@@ -175,7 +176,7 @@ class PackedPixelCNN:
             constant = layer.horizontal.bias + layer.vertical_to_horizontal.bias
             bias = torch.cat([torch.zeros_like(constant), constant]).expand(rows, -1)
             parts.append(bias if labels is None else bias + layer.label_bias(labels))
-        return torch.stack(parts).detach()
+        return torch.stack(parts).detach().to(self.weights.dtype)
 
 
 class CachedSampler:
