@@ -125,6 +125,7 @@ def test_bits_per_code_is_the_cross_entropy_in_bits():
     assert model.bits_per_code(codes).requires_grad
 
 
+@pytest.mark.slow
 def test_one_graph_for_any_grid():
     """Traced whole; the second size recompiles with free sizes, the third not at all."""
     model = small(num_classes=2, condition_channels=1).eval()
