@@ -89,6 +89,56 @@ def test_labels_condition_both_stacks_of_every_layer():
         assert layer.class_bias.weight.grad.any(1).all()
 
 
+def test_labels_are_dropped_in_training_alone_and_as_often_as_asked():
+    """A grid without its label has the logits of label -1."""
+    model = small(num_classes=2, label_dropout=0.25).double()
+    codes, labels = torch.randint(7, (1, 2, 2)).expand(400, 2, 2), torch.ones(400, dtype=torch.int64)
+    without = model.eval()(codes[:1], torch.tensor([-1]))
+    assert not (model(codes, labels) == without).all((1, 2, 3)).any()
+    dropped = torch.isclose(model.train()(codes, labels), without, rtol=0, atol=1e-12).all((1, 2, 3))
+    assert 60 < int(dropped.sum()) < 140
+    with pytest.raises(ValueError, match="label_dropout must be at least 0 and less than 1, but is 1.0"):
+        small(num_classes=2, label_dropout=1.0)
+    with pytest.raises(ValueError, match="label_dropout needs labels, but num_classes is None"):
+        small(label_dropout=0.1)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 1\], but one is -1"):
+        small(num_classes=2)(codes[:1], torch.tensor([-1]))
+
+
+def test_a_condition_reaches_its_own_position_and_no_row_above():
+    """It is known beforehand, so that the vertical stack may carry it to the left, too."""
+    model = small(condition_channels=3).double()
+    codes, condition = torch.randint(7, (1, HEIGHT, WIDTH)), torch.randn(1, 3, HEIGHT, WIDTH, dtype=torch.float64)
+    changed = condition.clone()
+    changed[0, :, 2, 3] += 1
+    moved = (model(codes, condition=changed) != model(codes, condition=condition)).any(1)[0].flatten()
+    assert not moved[: 2 * WIDTH].any() and moved[2 * WIDTH + 3] and moved[3 * WIDTH :].any()
+
+
+def test_bits_per_code_is_the_cross_entropy_in_bits():
+    model, codes = small().double(), torch.randint(7, (3, 4, 5))
+    with torch.no_grad():
+        for parameter in model.head[3].parameters():
+            parameter.zero_()
+    expected = torch.full((3,), 7.0, dtype=torch.float64).log2()  # uniform over 7 codes
+    torch.testing.assert_close(model.bits_per_code(codes).detach(), expected)
+    assert model.bits_per_code(codes).requires_grad
+
+
+@pytest.mark.slow
+def test_one_graph_for_any_grid():
+    """Traced whole; the second size recompiles with free sizes, the third not at all."""
+    model = small(num_classes=2, condition_channels=1).eval()
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: graphs.append(1) or graph)
+    for batch, height, width in ((2, 4, 5), (3, 6, 7), (4, 5, 9)):
+        codes, labels = torch.randint(7, (batch, height, width)), torch.arange(batch) % 2
+        condition = torch.randn(batch, 1, height, width)
+        torch.testing.assert_close(compiled(codes, labels, condition), model(codes, labels, condition))
+    assert len(graphs) <= 2
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="labels are needed: this prior is conditional on 3 classes"):
         small(num_classes=3)(torch.zeros(1, 2, 2, dtype=torch.int64))

@@ -1,17 +1,23 @@
-"""`vqkernels sample`: images from the prior of a run, as one PNG."""
+"""`vqkernels sample`: images from the prior of a run, or completions of one, as a PNG or an .npz file."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
+from vqkernels.models import VQVAE
 from vqkernels.training.build import load_models, pick_device
-from vqkernels.training.checkpoint import ImageFormat
+from vqkernels.training.checkpoint import ImageFormat, write_atomically
 from vqkernels.training.errors import UserError
-from vqkernels.training.pictures import image_grid, save_png
-from vqkernels.training.stages import draw
+from vqkernels.training.image_folder import read_image
+from vqkernels.training.pictures import image_grid, save_png, to_pixels
+from vqkernels.training.stages import decode, draw_codes
 
 
 @dataclass(frozen=True)
@@ -21,17 +27,23 @@ class SampleArguments:
     run: Path
     """The run directory."""
     out: Path
-    """The PNG file to write."""
+    """The file to write: a .png with a grid, or an .npz with images (N, H, W, C), codes (N, h, w) and labels (N,)."""
     labels: tuple[str, ...] = field(default=())
     """Names of the classes to draw, one row each; all classes when left out."""
     count: int = 8
     """Images per class; for a prior without classes, images in all."""
+    complete: Path | None = None
+    """An image whose upper part is kept, and whose lower part is drawn; it comes first in every row of the grid."""
+    rows: float = 0.5
+    """With --complete: the fraction of the rows of codes that is kept."""
     temperature: float = 1.0
     """The logits are divided by it: below 1 safer, above 1 wilder."""
     top_k: int | None = None
     """Draw among the k most likely codes only."""
     top_p: float | None = None
     """Draw among the fewest most likely codes whose probability reaches p."""
+    guidance: float = 1.0
+    """Above 1 goes further towards the label; needs a prior trained with label_dropout."""
     seed: int = 0
     device: str = "auto"
 
@@ -42,24 +54,71 @@ def run(arguments: Sequence[str]) -> int:
     _check(parsed)
     device = pick_device(parsed.device)
     vqvae, prior, export = load_models(parsed.run, device)
+    if parsed.guidance != 1.0 and not prior.label_dropout > 0:
+        raise UserError("--guidance needs a prior trained with classes and prior.label_dropout above 0")
+    size = (export.images.height, export.images.width)
     labels = _labels(parsed.labels, export.images)
     if labels is not None:
         labels = labels.repeat_interleave(parsed.count)
-    images = draw(
+    count = parsed.count if labels is None else len(labels)
+    original, known = None, None
+    if parsed.complete is not None:
+        original, known = _complete(parsed.complete, parsed.rows, vqvae, export.images, device)
+        known = known.expand(count, -1, -1)
+    codes = draw_codes(
         vqvae,
         prior,
-        (export.images.height, export.images.width),
-        parsed.count if labels is None else len(labels),
+        size,
+        count,
         labels=labels,
         generator=torch.Generator(device).manual_seed(parsed.seed),
         temperature=parsed.temperature,
         top_k=parsed.top_k,
         top_p=parsed.top_p,
+        guidance=parsed.guidance,
+        known=known,
         progress=True,
     )
-    save_png(image_grid(images, 8 if labels is None else parsed.count), parsed.out)
-    print(f"{len(images)} images are in {parsed.out}")
+    images = decode(vqvae, codes, size)
+    if parsed.out.suffix.lower() == ".npz":
+        _save_arrays(parsed.out, images, codes, labels)
+    else:
+        columns = 8 if labels is None else parsed.count
+        save_png(_grid(images, columns, original), parsed.out)
+    print(f"{count} images are in {parsed.out}")
     return 0
+
+
+def _complete(
+    path: Path, rows: float, vqvae: VQVAE, images: ImageFormat, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The image (1, C, H, W) in [-1, 1], and its codes (1, h, w) with -1 below the rows that are kept."""
+    pixels = read_image(path, images.channels)
+    if tuple(pixels.shape[1:]) != (images.height, images.width):
+        raise UserError(
+            f"--complete must be {images.width}x{images.height} like the images of the run, but {path} is "
+            f"{pixels.shape[2]}x{pixels.shape[1]}"
+        )
+    original = pixels[None].to(device).float() / 127.5 - 1
+    with torch.no_grad():
+        known = vqvae.encode(original)
+    known[:, math.ceil(rows * known.shape[1]) :] = -1
+    return original, known
+
+
+def _grid(images: Tensor, columns: int, original: Tensor | None) -> Tensor:
+    """The grid of images, every row behind the original if there is one."""
+    if original is None:
+        return image_grid(images, columns)
+    parts = [part for row in images.split(columns) for part in (original, row)]
+    return image_grid(torch.cat(parts), min(columns, len(images)) + 1)
+
+
+def _save_arrays(path: Path, images: Tensor, codes: Tensor, labels: Tensor | None) -> None:
+    arrays: dict[str, Any] = {"images": to_pixels(images).permute(0, 2, 3, 1).numpy(), "codes": codes.cpu().numpy()}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def _check(arguments: SampleArguments) -> None:
@@ -71,15 +130,19 @@ def _check(arguments: SampleArguments) -> None:
         raise UserError(f"--top-k must be at least 1, but is {arguments.top_k}")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p must be in (0, 1], but is {arguments.top_p}")
-    if arguments.out.suffix.lower() != ".png":
-        raise UserError(f"--out must be a .png file, but is {arguments.out}")
+    if not 0 <= arguments.rows <= 1:
+        raise UserError(f"--rows must be in [0, 1], but is {arguments.rows}")
+    if arguments.complete is not None and not arguments.complete.is_file():
+        raise UserError(f"the image {arguments.complete} for --complete does not exist")
+    if arguments.out.suffix.lower() not in (".png", ".npz"):
+        raise UserError(f"--out must be a .png file, or an .npz file, but is {arguments.out}")
     if arguments.out.is_dir():
-        raise UserError(f"--out must be a .png file, but {arguments.out} is a folder")
+        raise UserError(f"--out must be a .png file, or an .npz file, but {arguments.out} is a folder")
     if not arguments.out.parent.is_dir():
         raise UserError(f"the folder {arguments.out.parent} for --out does not exist")
 
 
-def _labels(names: tuple[str, ...], images: ImageFormat) -> torch.Tensor | None:
+def _labels(names: tuple[str, ...], images: ImageFormat) -> Tensor | None:
     if not images.class_names:
         if names:
             raise UserError("this prior was trained without classes; leave --labels out")

@@ -6,9 +6,13 @@ pixel in raster order and no other (no blind spot). Causality comes from the sha
 mask would keep exist, and padding shifts them into place, so no weight is ever masked.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vqkernels.models import pixelcnn_sampling
 
 
 class GatedLayer(nn.Module):
@@ -20,11 +24,19 @@ class GatedLayer(nn.Module):
         first: mask A (the current pixel, and for the vertical stack the current row, stay unseen; no residual);
             otherwise mask B.
         num_classes: number of classes of the conditional bias; None for an unconditional layer.
+        condition_channels: channels of a spatial condition (equation 4); None for none.
         dropout: probability of dropping a gated feature.
     """
 
     def __init__(
-        self, channels: int, kernel_size: int, *, first: bool, num_classes: int | None, dropout: float
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        first: bool,
+        num_classes: int | None,
+        condition_channels: int | None = None,
+        dropout: float,
     ) -> None:
         super().__init__()
         reach = kernel_size // 2
@@ -38,15 +50,31 @@ class GatedLayer(nn.Module):
         self.vertical_to_horizontal = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.output = nn.Conv2d(channels, channels, 1)
         self.class_bias = None if num_classes is None else nn.Embedding(num_classes, 4 * channels)
+        self.condition = (
+            None if condition_channels is None else nn.Conv2d(condition_channels, 4 * channels, 1, bias=False)
+        )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both stacks (B, C, H, W) and labels (B,) in, both stacks out."""
+    def label_bias(self, labels: Tensor) -> Tensor:
+        """What labels (B,) add to the gates of both stacks, (B, 4C); a label of -1 adds nothing."""
+        assert self.class_bias is not None
+        return self.class_bias(labels.clamp_min(0)) * (labels >= 0)[:, None]
+
+    def forward(
+        self, vertical: Tensor, horizontal: Tensor, labels: Tensor | None, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both stacks (B, C, H, W), labels (B,) and a condition (B, C', H, W) in, both stacks out."""
         above = self.vertical(F.pad(vertical, self.vertical_padding))  # [B, 2C, H, W]
-        left = self.horizontal(F.pad(horizontal, self.horizontal_padding)) + self.vertical_to_horizontal(above)
-        if self.class_bias is not None:
-            vertical_bias, horizontal_bias = self.class_bias(labels)[:, :, None, None].chunk(2, dim=1)
-            above, left = above + vertical_bias, left + horizontal_bias
+        left = self.vertical_to_horizontal(above)
+        left += self.horizontal(F.pad(horizontal, self.horizontal_padding))  # in place: no gradient needs a term of it
+        if self.class_bias is not None and labels is not None:
+            vertical_bias, horizontal_bias = self.label_bias(labels)[:, :, None, None].chunk(2, dim=1)
+            above = above + vertical_bias
+            left += horizontal_bias
+        if self.condition is not None:
+            vertical_bias, horizontal_bias = self.condition(condition).chunk(2, dim=1)
+            above = above + vertical_bias
+            left += horizontal_bias
         result = self.output(self.dropout(_gate(left)))
         return _gate(above), horizontal + result if self.residual else result
 
@@ -59,10 +87,15 @@ class PixelCNN(nn.Module):
         hidden_channels: width of both stacks.
         num_layers: number of gated layers; the first has mask A, the others mask B.
         num_classes: number of labels; None for an unconditional prior.
+        condition_channels: channels of a condition with the grid's height and width, such as an upsampled grid of
+            coarser codes; None for none.
         kernel_size: width of the masks after the first layer, odd.
         first_kernel_size: width of the first layer's mask, odd.
         head_channels: width of the hidden 1x1 convolution before the logits.
+        head_activation: whether a ReLU stands before that convolution.
         dropout: probability of dropping a gated feature in training.
+        label_dropout: probability of training a grid without its label, for classifier-free guidance (Ho and Salimans
+            2022).
 
     Raises:
         ValueError: a size is out of range.
@@ -75,10 +108,13 @@ class PixelCNN(nn.Module):
         hidden_channels: int = 64,
         num_layers: int = 15,
         num_classes: int | None = None,
+        condition_channels: int | None = None,
         kernel_size: int = 3,
         first_kernel_size: int = 7,
         head_channels: int = 512,
+        head_activation: bool = True,
         dropout: float = 0.0,
+        label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -86,6 +122,7 @@ class PixelCNN(nn.Module):
             ("hidden_channels", hidden_channels),
             ("num_layers", num_layers),
             ("num_classes", 1 if num_classes is None else num_classes),
+            ("condition_channels", 1 if condition_channels is None else condition_channels),
             ("head_channels", head_channels),
         ):
             if value < 1:
@@ -93,8 +130,14 @@ class PixelCNN(nn.Module):
         for name, value in (("kernel_size", kernel_size), ("first_kernel_size", first_kernel_size)):
             if value < 3 or value % 2 == 0:
                 raise ValueError(f"{name} must be odd and at least 3, but is {value}")
+        if not 0 <= label_dropout < 1:
+            raise ValueError(f"label_dropout must be at least 0 and less than 1, but is {label_dropout}")
+        if label_dropout > 0 and num_classes is None:
+            raise ValueError("label_dropout needs labels, but num_classes is None")
         self.num_codes = num_codes
         self.num_classes = num_classes
+        self.condition_channels = condition_channels
+        self.label_dropout = label_dropout
         self.embedding = nn.Embedding(num_codes, hidden_channels)
         self.layers = nn.ModuleList(
             GatedLayer(
@@ -102,32 +145,52 @@ class PixelCNN(nn.Module):
                 first_kernel_size if layer == 0 else kernel_size,
                 first=layer == 0,
                 num_classes=num_classes,
+                condition_channels=condition_channels,
                 dropout=dropout,
             )
             for layer in range(num_layers)
         )
         self.head = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(hidden_channels, head_channels, 1), nn.ReLU(), nn.Conv2d(head_channels, num_codes, 1)
+            nn.ReLU() if head_activation else nn.Identity(),
+            nn.Conv2d(hidden_channels, head_channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(head_channels, num_codes, 1),
         )
 
-    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Logits (B, K, H, W) of codes (B, H, W) int64 given labels (B,); those at a position depend on earlier ones.
 
+        Args:
+            labels: for a class-conditional prior; with `label_dropout`, -1 stands for no label.
+            condition: (B, condition_channels, H, W), for a prior with a spatial condition.
+
         Raises:
-            ValueError: codes have the wrong shape, or labels are missing, not expected or (on the CPU) out of range.
+            ValueError: codes or condition have the wrong shape, or labels are missing, not expected or (on the CPU) out
+                of range.
         """
         if codes.ndim != 3:
             raise ValueError(f"codes must be (B, H, W), but have shape {tuple(codes.shape)}")
         self._check_labels(labels, codes.shape[0])
-        _, horizontal = self.stacks(self.embedding(codes).permute(0, 3, 1, 2), labels)
+        self._check_condition(condition, codes.shape)
+        if labels is not None and self.training and self.label_dropout > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.label_dropout
+            labels = labels.masked_fill(dropped, -1)
+        _, horizontal = self.stacks(self.embedding(codes).permute(0, 3, 1, 2), labels, condition)
         return self.head(horizontal)
 
-    def stacks(self, embedded: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def stacks(
+        self, embedded: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Last features of the vertical and the horizontal stack, (B, C, H, W) each, of embedded codes (B, C, H, W)."""
         vertical = horizontal = embedded
         for layer in self.layers:
-            vertical, horizontal = layer(vertical, horizontal, labels)
+            vertical, horizontal = layer(vertical, horizontal, labels, condition)
         return vertical, horizontal
+
+    def bits_per_code(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """Mean -log2 p of a code, for each grid: (B,) of codes (B, H, W). It is differentiable."""
+        nats = F.cross_entropy(self(codes, labels, condition), codes, reduction="none")
+        return nats.mean((1, 2)) / math.log(2)
 
     @torch.no_grad()
     def sample(
@@ -135,46 +198,72 @@ class PixelCNN(nn.Module):
         shape: tuple[int, int, int],
         *,
         labels: Tensor | None = None,
+        condition: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guidance: float = 1.0,
+        known: Tensor | None = None,
         generator: torch.Generator | None = None,
+        cached: bool = True,
+        chunk: int | None = None,
+        backend: str = "auto",
         progress: bool = False,
     ) -> Tensor:
         """Draw codes (B, H, W) int64 in raster order, always without dropout.
 
+        Every activation that a later code needs is kept, so that a grid costs about as much as one forward pass. The
+        randomness is one uniform number (B, H, W) float64 for each code, drawn from the generator at the start.
+
         Args:
             shape: (B, H, W).
             labels: (B,), for a class-conditional prior.
+            condition: (B, condition_channels, H, W), for a prior with a spatial condition.
             temperature: the logits are divided by it.
             top_k: draw among the k most likely codes only.
             top_p: draw among the fewest most likely codes whose probability reaches p (nucleus sampling).
+            guidance: 1 draws from the prior given the label, 0 from the prior without it, more than 1 goes further
+                towards the label: logits = without + guidance * (with - without). Needs `label_dropout`.
+            known: (B, H, W) int64, codes to keep, and -1 where one is to be drawn given those before it.
             generator: source of randomness, on the model's device.
-            progress: show a bar (needs tqdm).
+            cached: False runs a full forward pass for every code instead: the specification, for tests and benchmarks.
+            chunk: grids sampled together, which bounds the memory; None chooses. The noise of a grid does not depend
+                on it.
+            backend: who computes the cached steps; see `vqkernels info`.
+            progress: show a bar, where tqdm is installed.
 
         Raises:
-            ValueError: labels, temperature, top_k or top_p are out of range.
+            ValueError: labels, known or an option are out of range.
         """
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, but is {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, but is {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], but is {top_p}")
-        batch, height, width = shape
-        self._check_labels(labels, batch)
-        positions = [(row, column) for row in range(height) for column in range(width)]
-        codes = torch.zeros(shape, dtype=torch.int64, device=self.embedding.weight.device)
+        options = pixelcnn_sampling.check_options(self, temperature, top_k, top_p, guidance)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, but is {chunk}")
+        codes = pixelcnn_sampling.start_codes(self, shape, known)
+        self._check_labels(labels, shape[0])
+        self._check_condition(condition, codes.shape)
+        noise = torch.rand(shape, dtype=torch.float64, device=codes.device, generator=generator)
+        if cached:
+            return pixelcnn_sampling.cached_sample(
+                self, codes, noise, labels, condition, options, backend=backend, chunk=chunk, progress=progress
+            )
         training = self.training
         self.eval()
         try:
-            for row, column in _bar(positions) if progress else positions:
-                logits = self(codes[:, : row + 1], labels)[:, :, row, column]  # [B, K]
-                probabilities = _truncate(torch.softmax(logits.double() / temperature, dim=-1), top_k, top_p)
-                codes[:, row, column] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+            return pixelcnn_sampling.plain_sample(self, codes, noise, labels, condition, options, progress)
         finally:
             self.train(training)
-        return codes
+
+    def _check_condition(self, condition: Tensor | None, shape: torch.Size) -> None:
+        if (condition is None) != (self.condition_channels is None):
+            raise ValueError(
+                "condition is not expected: this prior was built with condition_channels=None"
+                if condition is not None
+                else f"a condition of {self.condition_channels} channels is needed"
+            )
+        if condition is not None:
+            expected = (shape[0], self.condition_channels, *shape[1:])
+            if tuple(condition.shape) != expected:
+                raise ValueError(f"condition must have shape {expected}, but has {tuple(condition.shape)}")
 
     def _check_labels(self, labels: Tensor | None, batch: int) -> None:
         if labels is None:
@@ -185,31 +274,13 @@ class PixelCNN(nn.Module):
         elif labels.shape != (batch,):
             raise ValueError(f"labels must be ({batch},), one per grid of codes, but have shape {tuple(labels.shape)}")
         elif labels.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
-            outside = labels[(labels < 0) | (labels >= self.num_classes)].tolist()
+            least = -1 if self.label_dropout > 0 else 0
+            outside = labels[(labels < least) | (labels >= self.num_classes)].tolist()
             if outside:
-                raise ValueError(f"labels must be in [0, {self.num_classes - 1}], but one is {outside[0]}")
+                raise ValueError(f"labels must be in [{least}, {self.num_classes - 1}], but one is {outside[0]}")
 
 
 def _gate(features: Tensor) -> Tensor:
     """tanh(a) * sigmoid(b) of features (B, 2C, H, W) = [a, b], equation 2 of the paper."""
     content, gate = features.chunk(2, dim=1)
     return torch.tanh(content) * torch.sigmoid(gate)
-
-
-def _truncate(probabilities: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Zero the codes that top_k and top_p exclude, in probabilities (B, K); `multinomial` normalises the rest."""
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        ranked[:, top_k:] = 0
-        ranked = ranked / ranked.sum(dim=-1, keepdim=True)
-    if top_p is not None:
-        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0
-    return torch.zeros_like(probabilities).scatter_(-1, order, ranked)
-
-
-def _bar(positions: list[tuple[int, int]]) -> "list[tuple[int, int]]":
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError("progress=True needs tqdm: pip install 'vqkernels[train]'", name="tqdm") from missing
-    return tqdm(positions, desc="sampling", unit="code", leave=False)

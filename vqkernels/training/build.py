@@ -60,6 +60,7 @@ def build_prior(config: RunConfig, images: ImageFormat) -> PixelCNN:
         num_classes=len(images.class_names) or None,
         head_channels=chosen.head_channels,
         dropout=chosen.dropout,
+        label_dropout=chosen.label_dropout if images.class_names else 0.0,
     )
 
 

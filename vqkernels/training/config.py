@@ -56,6 +56,8 @@ class PriorConfig:
     num_layers: int = 15
     head_channels: int = 512
     dropout: float = 0.0
+    label_dropout: float = 0.0
+    """Probability of training a grid of codes without its label; above 0 samples can be guided."""
     steps: int = 20_000
     batch_size: int = 128
     learning_rate: float = 3e-4
@@ -111,6 +113,10 @@ class RunConfig:
         _at_least(1, self.prior, "num_layers", "head_channels", prefix="prior.")
         if not 0 <= self.prior.dropout < 1:
             raise UserError(f"prior.dropout must be at least 0 and less than 1, but is {self.prior.dropout}")
+        if not 0 <= self.prior.label_dropout < 1:
+            raise UserError(
+                f"prior.label_dropout must be at least 0 and less than 1, but is {self.prior.label_dropout}"
+            )
         return self
 
     def differences(self, other: "RunConfig") -> list[str]:

@@ -85,6 +85,17 @@ def read_folder(root: Path, color: Color = "auto") -> Folder:
     return Folder(train, test, class_names)
 
 
+def read_image(path: Path, channels: int) -> Tensor:
+    """Pixels (C, H, W) uint8 of one image file of 1, 3 or 4 channels, converted as those of a folder.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    image = _open(path, {1: "grey", 3: "rgb", 4: "rgba"}[channels])  # type: ignore[arg-type]
+    pixels = np.asarray(image).reshape(image.height, image.width, channels)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
 def _list_images(root: Path) -> list[Path]:
     files = []
     for folder, folders, names in os.walk(root, followlinks=True):

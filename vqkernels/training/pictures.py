@@ -13,9 +13,14 @@ TILE = 48  # pixels: smaller images are enlarged by a whole factor to at least t
 GAP = 2  # pixels between images
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8, on the CPU."""
+    return ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def image_grid(images: Tensor, columns: int) -> Tensor:
     """Lay out images (N, C, H, W) in [-1, 1] row by row; returns (C, height, width) uint8."""
-    pixels = ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = to_pixels(images)
     scale = max(1, -(-TILE // max(pixels.shape[2:])))
     pixels = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     count, channels, height, width = pixels.shape

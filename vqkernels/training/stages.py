@@ -1,5 +1,6 @@
 """The two stages of a run: what each one trains, measures and draws."""
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -113,7 +114,8 @@ class PriorStage:
             loss = self._cross_entropy(self.held_out_codes, self.held_out.labels, chunk)
             total += float(loss) * (chunk.stop - chunk.start)
         self.model.train()
-        return {"held_out_nats_per_code": total / len(self.held_out_codes)}
+        nats = total / len(self.held_out_codes)
+        return {"held_out_nats_per_code": nats, "held_out_bits_per_code": nats / math.log(2)}
 
     def pictures(self) -> dict[str, Tensor]:
         classes = min(len(self.data.class_names), CLASSES_DRAWN)
@@ -138,7 +140,7 @@ def encode(vqvae: VQVAE, images: ImageSet, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def draw(
+def draw_codes(
     vqvae: VQVAE,
     prior: PixelCNN,
     size: tuple[int, int],
@@ -149,25 +151,48 @@ def draw(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    guidance: float = 1.0,
+    known: Tensor | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Images (count, C, H, W) in [-1, 1], drawn from the prior for labels (count,) and decoded.
+    """Codes (count, h, w) int64, drawn from the prior for labels (count,).
 
     Args:
         size: height and width of the images.
         generator: source of randomness, on the models' device.
+        known: (count, h, w), codes to keep, and -1 where one is to be drawn.
     """
     device = next(prior.parameters()).device
-    codes = prior.sample(
+    return prior.sample(
         (count, *vqvae.latent_size(size)),
         labels=None if labels is None else labels.to(device),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        guidance=guidance,
+        known=known,
         generator=generator,
         progress=progress,
     )
+
+
+@torch.no_grad()
+def decode(vqvae: VQVAE, codes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] of codes (N, h, w)."""
     return torch.cat([vqvae.decode(part, size) for part in codes.split(CHUNK)]).clamp(-1, 1)
+
+
+def draw(
+    vqvae: VQVAE,
+    prior: PixelCNN,
+    size: tuple[int, int],
+    count: int,
+    *,
+    labels: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Images (count, C, H, W) in [-1, 1], drawn from the prior for labels (count,) and decoded."""
+    return decode(vqvae, draw_codes(vqvae, prior, size, count, labels=labels, generator=generator), size)
 
 
 def _chunks(count: int) -> Iterator[slice]:
