@@ -2,12 +2,13 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
 import torch
 
-from vqkernels.models import VQVAE
+from vqkernels.models import VQVAE, PixelCNN
 
 
 def small(**options) -> VQVAE:
@@ -134,3 +135,35 @@ def test_an_empty_batch_has_zero_losses():
     reconstruction, indices, losses = model(torch.zeros(0, 3, 8, 8))
     losses.total.backward()
     assert losses == (0, 0, 0) and len(reconstruction) == len(indices) == 0
+
+
+@pytest.mark.parametrize("likelihood", ["logistic_mixture", "gaussian", "categorical"])
+def test_with_a_likelihood_the_error_is_minus_its_logarithm(likelihood):
+    model = small(likelihood=likelihood)
+    x = torch.randint(256, (2, 3, 9, 10)).float() / 127.5 - 1
+    reconstruction, indices, losses = model(x)
+    assert reconstruction.shape == x.shape
+    z = model.quantizer.codebook[indices].permute(0, 3, 1, 2)
+    decoded = model.decoder(z)[..., :9, :10]
+    torch.testing.assert_close(losses.reconstruction, -model.likelihood.log_prob(decoded, x).sum() / x.numel())
+    torch.testing.assert_close(model.decode(indices, (9, 10)), reconstruction, rtol=1e-4, atol=1e-4)
+    losses.total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_bits_per_dim_is_the_bound_with_the_uniform_and_with_a_trained_prior():
+    model, x = small(likelihood="gaussian").eval(), torch.randint(256, (2, 3, 8, 12)).float() / 127.5 - 1
+    nats = -model.likelihood.log_prob(model.decoder(model.quantizer(model.encoder(x))[0]), x)
+    dimensions, codes = 3 * 8 * 12, 2 * 3
+    uniform = (nats / math.log(2) + codes * 4) / dimensions
+    torch.testing.assert_close(model.bits_per_dim(x), uniform.detach())
+    prior = PixelCNN(16, hidden_channels=4, num_layers=2, num_classes=3, head_channels=8).eval()
+    labels = torch.tensor([0, 2])
+    log_probabilities = prior(model.encode(x), labels).log_softmax(1).gather(1, model.encode(x).unsqueeze(1))
+    trained = (nats - log_probabilities.sum((1, 2, 3))) / math.log(2) / dimensions
+    torch.testing.assert_close(model.bits_per_dim(x, prior, labels), trained.detach())
+
+
+def test_bits_per_dim_needs_a_likelihood():
+    with pytest.raises(ValueError, match="bits_per_dim needs a likelihood: build the VQVAE with"):
+        small().bits_per_dim(torch.zeros(1, 3, 8, 8))

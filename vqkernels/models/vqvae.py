@@ -1,15 +1,15 @@
-"""The VQ-VAE of van den Oord et al., "Neural Discrete Representation Learning" (2017), for images of any size.
+"""The VQ-VAE of van den Oord et al., "Neural Discrete Representation Learning" (2017), for images of any size."""
 
-Encoder: strided 4x4 convolutions, a 3x3 convolution, residual blocks (ReLU, 3x3, ReLU, 1x1) and a 1x1 projection
-to the code dimension. The decoder mirrors it with transposed 4x4 convolutions (section 4.1 of the paper).
-"""
-
+import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from vqkernels.models.autoencoder import Autoencoder
+from vqkernels.models.likelihoods import Likelihood, Name, bits_per_dimension, make_likelihood
+from vqkernels.models.pixelcnn import PixelCNN
 from vqkernels.nn import VectorQuantizer
 
 
@@ -17,23 +17,11 @@ class VQVAELosses(NamedTuple):
     """The terms of equation 3 of the paper, each a scalar."""
 
     total: Tensor  # reconstruction + quantization
-    reconstruction: Tensor  # mean squared error over all pixels and channels
+    reconstruction: Tensor  # over all pixels and channels, the mean squared error, or the mean of -log p(x | codes)
     quantization: Tensor  # codebook loss + beta * commitment loss
 
 
-class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x))))."""
-
-    def __init__(self, channels: int, residual_channels: int) -> None:
-        super().__init__()
-        self.spatial = nn.Conv2d(channels, residual_channels, 3, padding=1)
-        self.pointwise = nn.Conv2d(residual_channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.pointwise(F.relu(self.spatial(F.relu(x))))
-
-
-class VQVAE(nn.Module):
+class VQVAE(Autoencoder):
     """Vector-quantized autoencoder.
 
     Args:
@@ -46,6 +34,9 @@ class VQVAE(nn.Module):
         residual_channels: width inside a residual block; `hidden_channels` (the paper) when None.
         beta: weight of the commitment loss.
         ema_decay: None trains the codebook by the paper's codebook loss; a float by moving averages (appendix A.1).
+        likelihood: None: the decoder gives the image, trained by its squared error. A name: it gives the parameters of
+            a distribution over 8-bit images (`vqkernels.models.likelihoods`), trained by -log p(x | codes), and
+            `bits_per_dim` can be asked for.
         backend: who computes the quantization, see `vqkernels.use_backend`.
 
     Images whose sides are no multiple of `2 ** downsamplings` are continued at the lower and right edge (by repeating
@@ -67,57 +58,39 @@ class VQVAE(nn.Module):
         residual_channels: int | None = None,
         beta: float = 0.25,
         ema_decay: float | None = None,
+        likelihood: Name | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        residual_channels = hidden_channels if residual_channels is None else residual_channels
-        for name, value, least in (
-            ("in_channels", in_channels, 1),
-            ("hidden_channels", hidden_channels, 1),
-            ("downsamplings", downsamplings, 1),
-            ("residual_blocks", residual_blocks, 0),
-            ("residual_channels", residual_channels, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, but is {value}")
-        self.in_channels = in_channels
-        self.downsampling_factor = 2**downsamplings
-
-        encoder: list[nn.Module] = []
-        channels = in_channels
-        for _ in range(downsamplings):
-            encoder += [nn.Conv2d(channels, hidden_channels, 4, stride=2, padding=1), nn.ReLU()]
-            channels = hidden_channels
-        encoder.append(nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1))
-        encoder += [ResidualBlock(hidden_channels, residual_channels) for _ in range(residual_blocks)]
-        encoder += [nn.ReLU(), nn.Conv2d(hidden_channels, code_dim, 1)]
-        self.encoder = nn.Sequential(*encoder)
-
+        distribution = None if likelihood is None else make_likelihood(likelihood, in_channels)
+        super().__init__(
+            in_channels,
+            code_dim,
+            code_dim,
+            in_channels if distribution is None else distribution.parameters_per_pixel,
+            hidden_channels=hidden_channels,
+            downsamplings=downsamplings,
+            residual_blocks=residual_blocks,
+            residual_channels=residual_channels,
+        )
+        self.likelihood: Likelihood | None = distribution
         self.quantizer = VectorQuantizer(
             code_dim, codebook_size, beta=beta, ema_decay=ema_decay, channel_dim=1, backend=backend
         )
-
-        decoder: list[nn.Module] = [nn.Conv2d(code_dim, hidden_channels, 3, padding=1)]
-        decoder += [ResidualBlock(hidden_channels, residual_channels) for _ in range(residual_blocks)]
-        for _ in range(downsamplings - 1):
-            decoder += [nn.ReLU(), nn.ConvTranspose2d(hidden_channels, hidden_channels, 4, stride=2, padding=1)]
-        decoder += [nn.ReLU(), nn.ConvTranspose2d(hidden_channels, in_channels, 4, stride=2, padding=1)]
-        self.decoder = nn.Sequential(*decoder)
-
-    def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the codes of an image of this height and width."""
-        factor = self.downsampling_factor
-        return -(-size[0] // factor), -(-size[1] // factor)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, VQVAELosses]:
         """Reconstruct images x (B, C, H, W).
 
         Returns:
-            reconstruction (B, C, H, W), indices (B, h, w) int64, and the three losses.
+            reconstruction (B, C, H, W), the mean of the likelihood if there is one; indices (B, h, w) int64, and the
+            three losses.
         """
         quantized, indices, quantization = self.quantizer(self._encode(x))
-        reconstruction = self._crop(self.decoder(quantized), x.shape[-2], x.shape[-1])
-        error = F.mse_loss(reconstruction, x, reduction="sum") / max(x.numel(), 1)  # 0 for an empty batch
+        decoded = self._crop(self.decoder(quantized), x.shape[-2], x.shape[-1])
+        if self.likelihood is None:
+            reconstruction, error = decoded, F.mse_loss(decoded, x, reduction="sum")
+        else:
+            reconstruction, error = self.likelihood.mean(decoded), -self.likelihood.log_prob(decoded, x).sum()
+        error = error / max(x.numel(), 1)  # 0 for an empty batch
         return reconstruction, indices, VQVAELosses(error + quantization, error, quantization)
 
     @torch.no_grad()
@@ -130,7 +103,7 @@ class VQVAE(nn.Module):
         return indices
 
     def decode(self, indices: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Images (B, C, H, W) of codes (B, h, w).
+        """Images (B, C, H, W) of codes (B, h, w); the mean of the likelihood if there is one.
 
         Args:
             size: (H, W) of the images; `downsampling_factor` times (h, w) when None.
@@ -138,26 +111,39 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: images of this size do not have (h, w) codes.
         """
+        decoded = self._decoded(indices, size)
+        return decoded if self.likelihood is None else self.likelihood.mean(decoded)
+
+    @torch.no_grad()
+    def bits_per_dim(self, x: Tensor, prior: PixelCNN | None = None, labels: Tensor | None = None) -> Tensor:
+        """An upper bound of -log2 p(x), per pixel and channel: (B,) of 8-bit images x (B, C, H, W) in [-1, 1].
+
+        -log p(x) <= -log p(x | codes) - log p(codes): the encoder puts all its mass on one grid of codes, so its
+        entropy is 0 (section 3.1 of the paper).
+
+        Args:
+            prior: of the codes; None for the uniform one, log2 K bits a code.
+            labels: (B,), for a class-conditional prior.
+
+        Raises:
+            ValueError: the model has no likelihood.
+        """
+        if self.likelihood is None:
+            raise ValueError("bits_per_dim needs a likelihood: build the VQVAE with likelihood='logistic_mixture'")
+        indices = self.encode(x)
+        nats = -self.likelihood.log_prob(self._decoded(indices, (x.shape[-2], x.shape[-1])), x)
+        bits_per_code = (
+            math.log2(self.quantizer.codebook_size) if prior is None else prior.bits_per_code(indices, labels)
+        )
+        dimensions = x[0].numel()
+        return bits_per_dimension(nats, dimensions) + bits_per_code * indices[0].numel() / dimensions
+
+    def _decoded(self, indices: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """What the decoder gives for codes (B, h, w), cropped to an image of this size."""
         if indices.ndim != 3:
             raise ValueError(f"indices must be (B, h, w), but have shape {tuple(indices.shape)}")
-        height, width = indices.shape[-2:]
-        if size is not None and self.latent_size(size) != (height, width):
-            raise ValueError(
-                f"an image of {size[0]}x{size[1]} has {self.latent_size(size)[0]}x{self.latent_size(size)[1]} codes, "
-                f"but indices are {height}x{width}"
-            )
+        if size is not None:
+            self._check_size((indices.shape[-2], indices.shape[-1]), size)
         codes = self.quantizer.decode(indices)  # an EMA codebook stays float32 in a model of another dtype
-        image = self.decoder(codes.to(next(self.decoder.parameters()).dtype))
-        return image if size is None else self._crop(image, *size)
-
-    def _encode(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be (B, {self.in_channels}, H, W), but has shape {tuple(x.shape)}")
-        below, right = -x.shape[-2] % self.downsampling_factor, -x.shape[-1] % self.downsampling_factor
-        if below or right:
-            x = F.pad(x, (0, right, 0, below), mode="replicate")
-        return self.encoder(x)
-
-    @staticmethod
-    def _crop(image: Tensor, height: int, width: int) -> Tensor:
-        return image[..., :height, :width]
+        decoded = self.decoder(codes.to(next(self.decoder.parameters()).dtype))
+        return decoded if size is None else self._crop(decoded, *size)
