@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqkernels.training.data import load_images
+from vqkernels.training.data import load_images, open_source
 from vqkernels.training.errors import UserError
 
 
@@ -102,3 +102,15 @@ def test_mistakes_in_the_source_are_named(tmp_path):
         load_images("nowhere")
     with pytest.raises(UserError, match="digits is grey, not rgb"):
         load_images("digits", color="rgb")
+
+
+def test_a_large_npy_file_is_mapped_and_read_piece_by_piece(tmp_path):
+    """A sparse file of 4 GiB opens at once, and no more of it is read than is asked for."""
+    file = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=np.uint8, shape=(1 << 20, 64, 64))
+    file[1 << 19] = 7
+    file.flush()
+    source = open_source(str(tmp_path / "x.npy")).train
+    assert len(source) == 1 << 20
+    part = source.read((1 << 19) - 1, (1 << 19) + 1)
+    assert part.pixels.shape == (2, 1, 64, 64)
+    assert part.pixels[:, 0, 0, 0].tolist() == [0, 7]

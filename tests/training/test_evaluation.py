@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from vqkernels.models import VQVAE, PixelCNN
-from vqkernels.training.data import ImageSet, load_images
+from vqkernels.training.data import load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.evaluation import DigitJudge, Figure, evaluate_digits
+from vqkernels.training.images import ImageSet
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,18 @@
-"""read_folder: layouts, colours, and the sentence for each kind of broken folder."""
+"""open_folder: layouts, colours, and the sentence for each kind of broken folder."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vqkernels.training.errors import UserError
-from vqkernels.training.image_folder import read_folder
+from vqkernels.training.image_folder import open_folder
+from vqkernels.training.images import Splits
+
+
+def read_folder(root, color="auto"):
+    """Everything that the folder holds, decoded."""
+    train, test, class_names = open_folder(root, color)
+    return Splits(train.read(0, len(train)), None if test is None else test.read(0, len(test)), class_names)
 
 
 def write(path, mode="L", size=(6, 4), value=None):

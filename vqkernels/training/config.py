@@ -70,7 +70,7 @@ class RunConfig:
     """Everything that determines a run."""
 
     data: str
-    """'digits', a folder of images (sub-folders are classes), or an .npz or .npy file."""
+    """'digits', a folder of images (sub-folders are classes), an .npz or .npy file, IDX files, or CIFAR-10 batches."""
     color: Literal["auto", "grey", "rgb", "rgba"] = "auto"
     """auto: grey if every image is, else rgb."""
     held_out: float = 0.1

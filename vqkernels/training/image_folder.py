@@ -1,19 +1,16 @@
-"""Images in a folder: which files belong to which split and class, and their pixels.
-
-Every image is decoded when the folder is read, so that an unreadable one is found before training starts.
-"""
+"""Images in a folder: which files belong to which split and class, and their pixels, decoded when they are read."""
 
 import os
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from vqkernels.training.errors import UserError
+from vqkernels.training.images import ImageSet, Splits
 
 Color = Literal["auto", "grey", "rgb", "rgba"]
 
@@ -26,21 +23,47 @@ GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N",
 PILLOW_MODES = {"grey": "L", "rgb": "RGB", "rgba": "RGBA"}
 
 
-class Split(NamedTuple):
-    """Pixels (N, C, H, W) uint8 and labels (N,) int64 or None."""
+class FolderSource:
+    """Image files of one size.
 
-    pixels: Tensor
-    labels: Tensor | None
+    Args:
+        paths: the files, at least one.
+        labels: (N,) int64, or None.
+        color: what they are converted to, not auto.
+        reference: the file whose size all must have.
+    """
+
+    def __init__(self, paths: list[Path], labels: Tensor | None, color: Color, reference: Path) -> None:
+        self.paths, self.labels, self.color, self._reference = paths, labels, color, reference
+        image = _open(reference, color)
+        self.shape = len(image.getbands()), image.height, image.width
+
+    @property
+    def labelled(self) -> bool:
+        return self.labels is not None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, start: int, stop: int) -> ImageSet:
+        """See `images.Source.read`."""
+        paths = self.paths[start:stop]
+        channels, height, width = self.shape
+        pixels = np.empty((len(paths), height, width, channels), dtype=np.uint8)
+        for number, path in enumerate(paths):
+            image = _open(path, self.color)
+            if image.size != (width, height):
+                raise UserError(
+                    f"images differ in size: {self._reference} is {width}x{height}, but {path} is "
+                    f"{image.width}x{image.height}"
+                )
+            pixels[number] = np.asarray(image).reshape(pixels.shape[1:])
+        labels = None if self.labels is None else self.labels[start:stop]
+        return ImageSet(torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))), labels)
 
 
-class Folder(NamedTuple):
-    train: Split
-    test: Split | None
-    class_names: tuple[str, ...]  # empty: no classes
-
-
-def read_folder(root: Path, color: Color = "auto") -> Folder:
-    """Read all images below a folder.
+def open_folder(root: Path, color: Color = "auto") -> Splits:
+    """All images below a folder; of each the header is read now, and the pixels when they are asked for.
 
     `root/*` are images without classes, `root/CLASS/**` images with classes, and `root/train/...` beside
     `root/test/...` (or val, validation) two splits of either kind. Classes are sorted by name, numbers by value.
@@ -51,7 +74,7 @@ def read_folder(root: Path, color: Color = "auto") -> Folder:
         color: grey, rgb, rgba, or auto: grey if every image is, else rgb.
 
     Raises:
-        UserError: there is no image, one cannot be decoded, sizes differ, or the layout is none of these.
+        UserError: there is no image, one cannot be read, or the layout is none of these.
     """
     files = _list_images(root)
     if not files:
@@ -74,15 +97,16 @@ def read_folder(root: Path, color: Color = "auto") -> Folder:
             raise UserError(f"{folder} holds {where}, but {splits[0][0]} does not")
 
     everything = [path for _, paths in splits for path in paths]
-    pixels = _decode(everything, color)
-    labels = None
-    if class_names:
-        number = {name: label for label, name in enumerate(class_names)}
-        labels = torch.tensor([number[name] for names_found in classes for name in names_found])
-    count = len(splits[0][1])
-    train = Split(pixels[:count], None if labels is None else labels[:count])
-    test = Split(pixels[count:], None if labels is None else labels[count:]) if len(splits) == 2 else None
-    return Folder(train, test, class_names)
+    if color == "auto":
+        color = "grey" if all(_open(path).mode in GREY_MODES for path in everything) else "rgb"
+    number = {name: label for label, name in enumerate(class_names)}
+    sources = [
+        FolderSource(
+            paths, torch.tensor([number[name] for name in found]) if class_names else None, color, everything[0]
+        )
+        for (_, paths), found in zip(splits, classes, strict=True)
+    ]
+    return Splits(sources[0], sources[1] if len(sources) == 2 else None, class_names)
 
 
 def read_image(path: Path, channels: int) -> Tensor:
@@ -120,24 +144,6 @@ def _classes_of(folder: Path, paths: list[Path]) -> list[str]:
 
 def _natural(name: str) -> tuple[bool, int, str]:
     return (False, int(name), name) if name.isdecimal() else (True, 0, name)
-
-
-def _decode(paths: list[Path], color: Color) -> Tensor:
-    """Pixels (N, C, H, W) uint8."""
-    if color == "auto":
-        color = "grey" if all(_open(path).mode in GREY_MODES for path in paths) else "rgb"
-    pixels = np.empty(0, dtype=np.uint8)
-    for number, path in enumerate(tqdm(paths, desc="reading images", unit="image", leave=False, disable=None)):
-        image = _open(path, color)
-        if number == 0:
-            first, size = path, image.size
-            pixels = np.empty((len(paths), size[1], size[0], len(image.getbands())), dtype=np.uint8)
-        elif image.size != size:
-            raise UserError(
-                f"images differ in size: {first} is {size[0]}x{size[1]}, but {path} is {image.size[0]}x{image.size[1]}"
-            )
-        pixels[number] = np.asarray(image).reshape(pixels.shape[1:])
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
 def _open(path: Path, color: Color = "auto") -> Image.Image:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from vqkernels.models import VQVAE, PixelCNN
 from vqkernels.nn import metrics
 from vqkernels.training.config import PriorConfig, Stage, VQVAEConfig
-from vqkernels.training.data import ImageData, ImageSet
+from vqkernels.training.data import ImageData
+from vqkernels.training.images import ImageSet
 from vqkernels.training.pictures import image_grid, side_by_side
 
 CHUNK = 256  # images per forward pass outside training
