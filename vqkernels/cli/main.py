@@ -10,6 +10,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a VQ-VAE, then a PixelCNN prior on its codes",
     "sample": "draw images from a trained prior",
+    "encode": "turn images into codes on disk, with a trained VQ-VAE",
+    "decode": "turn codes back into images",
     "demo": "train on scanned digits and measure the result, in a few minutes",
     "info": "show version, machine and backends",
     "verify": "prove the kernels on this machine's GPU, so that they are used",

@@ -64,23 +64,36 @@ def build_prior(config: RunConfig, images: ImageFormat) -> PixelCNN:
     )
 
 
+def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, Export]:
+    """The trained VQ-VAE of a run directory, in eval mode.
+
+    Raises:
+        UserError: there is no run, or it has no checkpoint yet.
+    """
+    export = read_export(path)
+    vqvae = build_vqvae(export.config, export.images)
+    vqvae.load_state_dict(_state(export, "vqvae"))
+    return vqvae.to(device).eval(), export
+
+
 def load_models(path: Path, device: torch.device) -> tuple[VQVAE, PixelCNN, Export]:
     """The trained models of a run directory, in eval mode.
 
     Raises:
         UserError: there is no run, or it has no prior yet.
     """
-    export = read_export(path)
-    states: dict[str, dict[str, torch.Tensor]] = {"vqvae": {}, "prior": {}}
-    for name, tensor in export.tensors.items():
-        model, _, key = name.partition(".")
-        states[model][key] = tensor
-    if not states["prior"]:
+    vqvae, export = load_vqvae(path, device)
+    state = _state(export, "prior")
+    if not state:
         raise UserError(
             f"the run {path} has no prior yet (its VQ-VAE is at step {export.step}); "
             f"train it with 'vqkernels train --out {path} --resume'"
         )
-    vqvae, prior = build_vqvae(export.config, export.images), build_prior(export.config, export.images)
-    vqvae.load_state_dict(states["vqvae"])
-    prior.load_state_dict(states["prior"])
-    return vqvae.to(device).eval(), prior.to(device).eval(), export
+    prior = build_prior(export.config, export.images)
+    prior.load_state_dict(state)
+    return vqvae, prior.to(device).eval(), export
+
+
+def _state(export: Export, model: str) -> dict[str, torch.Tensor]:
+    prefix = f"{model}."
+    return {name.removeprefix(prefix): x for name, x in export.tensors.items() if name.startswith(prefix)}

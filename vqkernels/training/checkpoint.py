@@ -52,7 +52,7 @@ class Export(NamedTuple):
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace a file by what `write` writes; a reader sees the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()

@@ -1,0 +1,91 @@
+"""`vqkernels decode`: the images of encoded codes, as one .npy file or a folder of PNGs."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from numpy.lib.format import open_memmap
+from torch import Tensor
+from tqdm import tqdm
+
+from vqkernels.models import VQVAE
+from vqkernels.training.build import load_vqvae, pick_device
+from vqkernels.training.codes import CodesDirectory, fingerprint
+from vqkernels.training.errors import UserError
+from vqkernels.training.pictures import save_png
+from vqkernels.training.tokenization import decode_shards
+
+
+@dataclass(frozen=True)
+class DecodeArguments:
+    """Decode what 'vqkernels encode' wrote."""
+
+    run: Path
+    """The run directory that the codes come from."""
+    codes: Path
+    """The directory of codes."""
+    out: Path
+    """A .npy file (N, H, W, C) of bytes, or a new folder for PNGs, with one sub-folder per class."""
+    device: str = "auto"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse the arguments and decode."""
+    parsed = tyro.cli(DecodeArguments, prog="vqkernels decode", args=list(arguments))
+    if not parsed.out.parent.is_dir():
+        raise UserError(f"the folder {parsed.out.parent} for --out does not exist")
+    device = pick_device(parsed.device)
+    vqvae, _ = load_vqvae(parsed.run, device)
+    codes = CodesDirectory(parsed.codes)
+    if codes.index.model != fingerprint(vqvae):
+        raise UserError(f"the codes in {parsed.codes} are of another model: that of the run '{codes.index.run}'")
+    missing = codes.missing()
+    if missing:
+        raise UserError(
+            f"{parsed.codes} is incomplete: {len(missing)} of {codes.index.shards} shards are missing; finish it with "
+            "'vqkernels encode'"
+        )
+    if parsed.out.suffix == ".npy":
+        _to_array(vqvae, codes, parsed.out, device)
+    elif parsed.out.suffix:
+        raise UserError(f"--out must be a .npy file or a folder, but is {parsed.out}")
+    else:
+        _to_folder(vqvae, codes, parsed.out, device)
+    print(f"{codes.index.images} images are in {parsed.out}")
+    return 0
+
+
+def _to_array(vqvae: VQVAE, codes: CodesDirectory, out: Path, device: torch.device) -> None:
+    channels, height, width = codes.index.shape
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shape = (codes.index.images, height, width, channels)
+    array = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+    start = 0
+    for images, _ in _pieces(vqvae, codes, device):
+        array[start : start + len(images)] = images.permute(0, 2, 3, 1).numpy()
+        start += len(images)
+    array.flush()
+    os.replace(temporary, out)
+
+
+def _to_folder(vqvae: VQVAE, codes: CodesDirectory, out: Path, device: torch.device) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; choose a new folder")
+    number = 0
+    for images, labels in _pieces(vqvae, codes, device):
+        for position, image in enumerate(images):
+            folder = out if labels is None else out / codes.index.class_names[int(labels[position])]
+            folder.mkdir(parents=True, exist_ok=True)
+            save_png(image, folder / f"{number:08d}.png")
+            number += 1
+
+
+def _pieces(vqvae: VQVAE, codes: CodesDirectory, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+    with tqdm(total=codes.index.images, desc="decoding", unit="image", leave=False, disable=None) as bar:
+        for images, labels in decode_shards(vqvae, codes, device):
+            yield images, labels
+            bar.update(len(images))

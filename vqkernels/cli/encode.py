@@ -1,0 +1,93 @@
+"""`vqkernels encode`: any source of images becomes shards of codes; killed, it goes on; under torchrun it is shared."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from vqkernels.training.build import load_vqvae, pick_device
+from vqkernels.training.codes import CodesDirectory, CodesIndex, Container, fingerprint
+from vqkernels.training.data import open_source
+from vqkernels.training.errors import UserError
+from vqkernels.training.images import JoinedSource, Source, Splits
+from vqkernels.training.tokenization import encode_shards
+
+
+@dataclass(frozen=True)
+class EncodeArguments:
+    """Encode images into codes. Run it again to continue; under torchrun the processes share the work."""
+
+    run: Path
+    """The run directory of a trained VQ-VAE."""
+    data: str
+    """The images: whatever 'vqkernels train' takes; their size may differ from that in training."""
+    out: Path
+    """The directory of codes, new or begun; see its index.json."""
+    split: Literal["all", "train", "test"] = "all"
+    """all: the training images, then those of the test split, if the source brings one."""
+    shard_images: int = 4096
+    """Images in a file; memory holds about one file."""
+    container: Container = "npy"
+    """npy, or parquet, which needs pyarrow."""
+    device: str = "auto"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse the arguments and encode."""
+    parsed = tyro.cli(EncodeArguments, prog="vqkernels encode", args=list(arguments))
+    if parsed.shard_images < 1:
+        raise UserError(f"--shard-images must be at least 1, but is {parsed.shard_images}")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    vqvae, export = load_vqvae(parsed.run, _device(parsed.device))
+    color = {1: "grey", 3: "rgb", 4: "rgba"}[export.images.channels]
+    splits = open_source(parsed.data, color=color)  # type: ignore[arg-type]
+    source = _chosen(splits, parsed.split, parsed.data)
+    directory = CodesDirectory(
+        parsed.out,
+        CodesIndex(
+            model=fingerprint(vqvae),
+            run=parsed.run.resolve().name,
+            data=parsed.data,
+            split=parsed.split,
+            images=len(source),
+            shape=source.shape,
+            codebook_size=vqvae.quantizer.codebook_size,
+            codes=vqvae.latent_size(source.shape[1:]),
+            class_names=splits.class_names,
+            labelled=source.labelled,
+            shard_images=parsed.shard_images,
+            container=parsed.container,
+        ),
+    )
+    index = directory.index
+    left = sum(end - first for first, end in map(index.bounds, directory.missing()))
+    device = next(vqvae.parameters()).device
+    with tqdm(total=left, desc="encoding", unit="image", leave=False, disable=None if rank == 0 else True) as bar:
+        # The other ranks are about as far.
+        count = encode_shards(
+            vqvae, source, directory, device, rank=rank, ranks=ranks, encoded=lambda n: bar.update(n * ranks)
+        )
+    done = f"{index.images} images of {index.codes[0]}x{index.codes[1]} codes are in {parsed.out}"
+    print(done if ranks == 1 else f"rank {rank}: {count} of {index.images} images encoded into {parsed.out}")
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    """With several processes on a machine, each has a GPU of its own."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
+
+
+def _chosen(splits: Splits, split: str, data: str) -> Source:
+    if split == "test" and splits.test is None:
+        raise UserError(f"the data {data} has no test split")
+    if split == "train" or splits.test is None:
+        return splits.train
+    return splits.test if split == "test" else JoinedSource([splits.train, splits.test], data)
