@@ -51,10 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in CORE:
         return command.run(given[1:])
 
-    from vqkernels.training.errors import UserError
+    from vqkernels.training.errors import ToldElsewhere, UserError
 
     try:
         return command.run(given[1:])
+    except ToldElsewhere:
+        return 2
     except UserError as error:
         print(f"vqkernels {name}: {error}", file=sys.stderr)
         return 2

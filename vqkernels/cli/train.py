@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     trained = train_interruptibly(config, parsed.out, stage=parsed.stage, resume=parsed.resume)
     if not trained.finished:
         return 1
-    print(f"the run is in {parsed.out}, its pictures are in {parsed.out / 'pictures'}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"the run is in {parsed.out}, its pictures are in {parsed.out / 'pictures'}")
     return 0
 
 
@@ -70,7 +72,7 @@ def train_interruptibly(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if not trained.finished:
+    if not trained.finished and int(os.environ.get("RANK", 0)) == 0:
         print(f"interrupted; a checkpoint is written, continue with --resume in {out}", file=sys.stderr)
     return trained
 

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """What is wrong and what to do about it, in one sentence. The command line prints it without a traceback."""
+
+
+class ToldElsewhere(UserError):
+    """The mistake that another process of the same run has made, and prints."""

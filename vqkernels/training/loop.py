@@ -3,6 +3,9 @@
 On the CPU an interrupted and resumed run ends in the same bits as an uninterrupted one: the batches are a function of
 (seed, step), and a checkpoint holds weights, optimizer and random state. Evaluations and pictures draw no random
 number from that state.
+
+Started by `torchrun`, the processes share every batch: at an equal global batch the losses are those of one process up
+to the order of summation. The first process alone writes.
 """
 
 import math
@@ -24,6 +27,7 @@ from vqkernels.training.data import ImageData, load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
+from vqkernels.training.ranks import Ranks, joined
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 
 # what may be changed when a run is resumed; the data may move, but its images must be the same
@@ -61,30 +65,63 @@ def train(
     Raises:
         UserError: the configuration, the data or the directory is not as it should be, or the loss is no longer finite.
     """
-    config.check()
-    run = RunDirectory(out, resume=resume)
-    if stage == "prior" and not resume:
-        raise UserError("the prior is trained on a finished VQ-VAE: give its run directory, and --resume")
-    device = pick_device(config.device)
-    check_backend(config.backend, device)
-    data = load_images(config.data, color=config.color, held_out=config.held_out, seed=config.seed)
+    with joined(pick_device(config.device)) as ranks:
+        return _train(config, out, stage, resume, progress, should_stop, ranks)
+
+
+def _train(
+    config: RunConfig,
+    out: Path,
+    stage: str,
+    resume: bool,
+    progress: bool,
+    should_stop: Callable[[], bool],
+    ranks: Ranks,
+) -> Trained:
+    device = ranks.device
+
+    def look() -> tuple[RunDirectory, ImageData]:
+        config.check()
+        run = RunDirectory(out, resume=resume)
+        if stage == "prior" and not resume:
+            raise UserError("the prior is trained on a finished VQ-VAE: give its run directory, and --resume")
+        check_backend(config.backend, device)
+        return run, _load(config)
+
+    looked = ranks.on_first(look)
+    data = _load(config) if looked is None else looked[1]
     images = ImageFormat(data.channels, *data.size, data.class_names)
     torch.manual_seed(config.seed)
     vqvae = build_vqvae(config, images).to(device)
 
-    run.acquire()
-    try:
+    def begin() -> tuple[RunDirectory, dict[str, Any] | None]:
+        assert looked is not None
+        run = looked[0]
+        run.acquire()
+        try:
+            state = run.load_state() if resume else None
+            if state is not None:
+                _check_resumable(state, config, data, out, stage)
+                run.export(state, images)
+            elif stage == "prior":
+                raise UserError(f"the VQ-VAE of {out} has no checkpoint yet; train it with --stage vqvae or all")
+            run.begin(config)
+        except BaseException:
+            run.release()
+            raise
+        return run, state
+
+    begun = ranks.on_first(begin)
+    if begun is None:  # the directory is a run by now; what is in it is read, never written
+        run = RunDirectory(out, resume=True)
         state = run.load_state() if resume else None
-        if state is not None:
-            _check_resumable(state, config, data, out, stage)
-        elif stage == "prior":
-            raise UserError(f"the VQ-VAE of {out} has no checkpoint yet; train it with --stage vqvae or all")
-        run.begin(config)
-        session = _Session(run, config, data, images, device, vqvae, state, progress, should_stop)
+    else:
+        run, state = begun
+    try:
+        session = _Session(run, config, data, images, vqvae, state, progress and ranks.first, should_stop, ranks)
         finished, prior = True, None
         if state is not None:
             vqvae.load_state_dict(state["vqvae"])
-            run.export(state, images)
         if stage != "prior" and (state is None or state["stage"] == "vqvae"):
             finished = session.run_stage(VQVAEStage(vqvae, config.vqvae, data, device))
         if finished and stage != "vqvae":
@@ -94,7 +131,12 @@ def train(
             prior.eval()
         return Trained(vqvae.eval(), prior, data, finished)
     finally:
-        run.release()
+        if ranks.first:
+            run.release()
+
+
+def _load(config: RunConfig) -> ImageData:
+    return load_images(config.data, color=config.color, held_out=config.held_out, seed=config.seed)
 
 
 class _Session:
@@ -106,29 +148,37 @@ class _Session:
         config: RunConfig,
         data: ImageData,
         images: ImageFormat,
-        device: torch.device,
         vqvae: VQVAE,
         state: dict[str, Any] | None,
         progress: bool,
         should_stop: Callable[[], bool],
+        ranks: Ranks,
     ) -> None:
-        self.run, self.config, self.data, self.images, self.device = run, config, data, images, device
+        self.run, self.config, self.data, self.images, self.device = run, config, data, images, ranks.device
         self.vqvae, self.state, self.progress, self.should_stop = vqvae, state, progress, should_stop
+        self.ranks = ranks
 
     def run_stage(self, stage: TrainingStage) -> bool:
         """Train what is left of a stage; False if stopped."""
         config, steps = stage.config, stage.config.steps
         optimizer = torch.optim.Adam(stage.model.parameters(), lr=config.learning_rate)
         step = 0
+        if self.ranks.number > 1:  # as many streams of random numbers as processes
+            torch.manual_seed(torch.initial_seed() + 1000 * self.ranks.rank)
         if self.state is not None and self.state["stage"] == stage.name:
             step = self.state["step"]
             stage.model.load_state_dict(self.state[stage.name])
             optimizer.load_state_dict(self.state["optimizer"])
-            _set_random_state(self.state["random"], self.device)
+            states = self.state["random"]
+            if self.ranks.rank < len(states):
+                _set_random_state(states[self.ranks.rank], self.device)
         stage.model.train()
+        stage.forward = self.ranks.wrap(stage.model)
         batches = Batches(len(self.data.train), config.batch_size, self.config.seed)
         length = 0 if self.state is None else self.state["metrics_length"]
-        log = MetricsLog(self.run.metrics_file, self.run.events, stage.name, step=step, length=length)
+        log = None
+        if self.ranks.first:
+            log = MetricsLog(self.run.metrics_file, self.run.events, stage.name, step=step, length=length)
         bar = tqdm(
             total=steps,
             initial=step,
@@ -143,32 +193,35 @@ class _Session:
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * _schedule(config.schedule, step, steps)
                 indices = batches.indices(step)
-                loss, metrics = stage.loss(indices)
+                loss, metrics = stage.loss(self.ranks.share(indices))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 step, images_seen = step + 1, images_seen + len(indices)
                 bar.update()
-                stopped, last = self.should_stop(), step == steps
+                stopped, last = self.ranks.any(self.should_stop()), step == steps
                 checkpoint = last or stopped or step % self.config.checkpoint_every == 0
-                if last or step % self.config.log_every == 0:
-                    now = time.perf_counter()
-                    rate, since, images_seen = images_seen / (now - since), now, 0
+                logged = last or step % self.config.log_every == 0
+                if logged or checkpoint:
                     values = {"loss": float(loss.detach()), **{name: float(value) for name, value in metrics.items()}}
+                    values = self.ranks.mean(values)
                     self._check_finite(values["loss"], stage, step)
-                    log.write(step, {**values, "images_per_second": round(rate, 1)})
-                    bar.set_postfix_str(_summary({**values, "images/s": rate}))
-                if checkpoint:
-                    self._check_finite(float(loss.detach()), stage, step)
-                    if last or not stopped:
-                        self._evaluate(stage, step, log)
-                if last or step % self.config.picture_every == 0:
+                    if logged and log is not None:
+                        now = time.perf_counter()
+                        rate, since, images_seen = images_seen / (now - since), now, 0
+                        log.write(step, {**values, "images_per_second": round(rate, 1)})
+                        bar.set_postfix_str(_summary({**values, "images/s": rate}))
+                if checkpoint and (last or not stopped) and log is not None:
+                    self._evaluate(stage, step, log)
+                if (last or step % self.config.picture_every == 0) and log is not None:
                     self._draw(stage, step, log)
                 if checkpoint:
                     self._save(stage, step, optimizer, log)
         finally:
             bar.close()
-            log.close()
+            if log is not None:
+                log.close()
+            stage.forward = stage.model
         return not stopped
 
     def _evaluate(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
@@ -183,7 +236,8 @@ class _Session:
             save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
             log.picture(step, name, grid)
 
-    def _save(self, stage: TrainingStage, step: int, optimizer: torch.optim.Optimizer, log: MetricsLog) -> None:
+    def _save(self, stage: TrainingStage, step: int, optimizer: torch.optim.Optimizer, log: MetricsLog | None) -> None:
+        random = self.ranks.gather(_random_state(self.device))
         self.state = {
             "config": self.config.to_toml(),
             "data": self.data.fingerprint(),
@@ -192,10 +246,11 @@ class _Session:
             "vqvae": self.vqvae.state_dict(),
             "prior": stage.model.state_dict() if stage.name == "prior" else {},
             "optimizer": optimizer.state_dict(),
-            "random": _random_state(self.device),
-            "metrics_length": log.sync(),
+            "random": random,
+            "metrics_length": 0 if log is None else log.sync(),
         }
-        self.run.save(self.state, self.images)
+        if self.ranks.first:
+            self.run.save(self.state, self.images)
 
     def _check_finite(self, loss: float, stage: TrainingStage, step: int) -> None:
         if not math.isfinite(loss):

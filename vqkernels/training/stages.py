@@ -33,6 +33,9 @@ class TrainingStage(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
+    forward: nn.Module
+    """The model as the loss calls it: itself, or wrapped for several processes."""
+
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of training images, and metrics of it (0-d tensors)."""
 
@@ -50,10 +53,11 @@ class VQVAEStage:
 
     def __init__(self, vqvae: VQVAE, config: VQVAEConfig, data: ImageData, device: torch.device) -> None:
         self.model, self.config, self.data, self.device = vqvae, config, data, device
+        self.forward: nn.Module = vqvae
         self.held_out = data.held_out.select(_spread(len(data.held_out), EVALUATED))
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        _, _, losses = self.model(self.data.train.batch(indices, self.device))
+        _, _, losses = self.forward(self.data.train.batch(indices, self.device))
         return losses.total, {
             "reconstruction": losses.reconstruction.detach(),
             "quantization": losses.quantization.detach(),
@@ -96,13 +100,14 @@ class PriorStage:
         self, prior: PixelCNN, vqvae: VQVAE, config: PriorConfig, data: ImageData, device: torch.device, seed: int
     ) -> None:
         self.model, self.config, self.data, self.device, self.seed = prior, config, data, device, seed
+        self.forward: nn.Module = prior
         self.vqvae = vqvae.eval().requires_grad_(False)
         self.train_codes = encode(vqvae, data.train, device)
         self.held_out = data.held_out.select(_spread(len(data.held_out), EVALUATED))
         self.held_out_codes = encode(vqvae, self.held_out, device)
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self._cross_entropy(self.train_codes, self.data.train.labels, indices)
+        loss = self._cross_entropy(self.forward, self.train_codes, self.data.train.labels, indices)
         return loss, {"perplexity": loss.detach().exp()}
 
     @torch.no_grad()
@@ -112,7 +117,7 @@ class PriorStage:
         total = 0.0
         self.model.eval()
         for chunk in _chunks(len(self.held_out_codes)):
-            loss = self._cross_entropy(self.held_out_codes, self.held_out.labels, chunk)
+            loss = self._cross_entropy(self.model, self.held_out_codes, self.held_out.labels, chunk)
             total += float(loss) * (chunk.stop - chunk.start)
         self.model.train()
         nats = total / len(self.held_out_codes)
@@ -126,10 +131,10 @@ class PriorStage:
         images = draw(self.vqvae, self.model, self.data.size, count, labels=labels, generator=generator)
         return {"samples": image_grid(images, PER_CLASS)}
 
-    def _cross_entropy(self, codes: Tensor, labels: Tensor | None, indices: Tensor | slice) -> Tensor:
+    def _cross_entropy(self, model: nn.Module, codes: Tensor, labels: Tensor | None, indices: Tensor | slice) -> Tensor:
         """Mean negative log-likelihood of a code, in nats."""
         batch = codes[indices].to(self.device)
-        return F.cross_entropy(self.model(batch, None if labels is None else labels[indices].to(self.device)), batch)
+        return F.cross_entropy(model(batch, None if labels is None else labels[indices].to(self.device)), batch)
 
 
 @torch.no_grad()
