@@ -24,7 +24,7 @@ def command(out, *options, **environment):
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
     out = tmp_path_factory.mktemp("hardware")
-    return command(out, "--dry-run", "--minutes", "9", TRITON_INTERPRET="1"), out
+    return command(out, "--dry-run", "--minutes", "20", TRITON_INTERPRET="1"), out
 
 
 @pytest.mark.slow
