@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "train": "train a VQ-VAE, then a PixelCNN prior on its codes",
+    "train": "train a VQ-VAE, then a prior on its codes",
     "sample": "draw images from a trained prior",
     "demo": "train on scanned digits and measure the result, in a few minutes",
     "info": "show version, machine and backends",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.models import VQVAE, Prior
 from vqkernels.nn import metrics
 from vqkernels.training.config import PriorConfig, Stage, VQVAEConfig
 from vqkernels.training.data import ImageData, ImageSet
@@ -92,7 +92,7 @@ class PriorStage:
     name: Stage = "prior"
 
     def __init__(
-        self, prior: PixelCNN, vqvae: VQVAE, config: PriorConfig, data: ImageData, device: torch.device, seed: int
+        self, prior: Prior, vqvae: VQVAE, config: PriorConfig, data: ImageData, device: torch.device, seed: int
     ) -> None:
         self.model, self.config, self.data, self.device, self.seed = prior, config, data, device, seed
         self.vqvae = vqvae.eval().requires_grad_(False)
@@ -142,7 +142,7 @@ def encode(vqvae: VQVAE, images: ImageSet, device: torch.device) -> Tensor:
 @torch.no_grad()
 def draw_codes(
     vqvae: VQVAE,
-    prior: PixelCNN,
+    prior: Prior,
     size: tuple[int, int],
     count: int,
     *,
@@ -184,7 +184,7 @@ def decode(vqvae: VQVAE, codes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def draw(
     vqvae: VQVAE,
-    prior: PixelCNN,
+    prior: Prior,
     size: tuple[int, int],
     count: int,
     *,
