@@ -40,6 +40,7 @@ def test_a_quick_run_writes_figures_and_table(tmp_path, capsys):
         assert [record["seed"] for record in records] == [0, 1]
         for record in records:
             assert record["seconds"] >= 0.1 and record["steps"] == record["curve"][-1]["steps"] > 0
+            assert 0 < record["processor_seconds"] < 1.5 * record["seconds"]
             assert record["kept_at_step"] in [point["steps"] for point in record["curve"]]
             assert 0 < record["test_bits"] < 2 * math.log2(16)
             tried = record["validation_bits_by_dropout"]
