@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "train": "train a VQ-VAE, then a PixelCNN prior on its codes",
+    "train": "train a VQ-VAE, then a prior on its codes",
     "sample": "draw images from a trained prior",
     "encode": "turn images into codes on disk, with a trained VQ-VAE",
     "decode": "turn codes back into images",

@@ -21,7 +21,7 @@ from vqkernels.training.loop import Trained, train
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Train a VQ-VAE, then a PixelCNN prior on its codes.
+    """Train a VQ-VAE, then a prior on its codes: a PixelCNN or a transformer.
 
     Options given here go before those of --config, or of the resumed run.
     """

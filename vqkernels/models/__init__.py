@@ -1,8 +1,20 @@
-"""Full models built on the layers of `vqkernels.nn`: the VQ-VAE and its autoregressive prior, and the VAE beside it."""
+"""Full models on the layers of `vqkernels.nn`: the VQ-VAE and its autoregressive priors, and the VAE beside it."""
 
 from vqkernels.models.pixelcnn import PixelCNN
 from vqkernels.models.pixelcnn_loading import from_gated_pixelcnn
+from vqkernels.models.transformer import TransformerPrior
 from vqkernels.models.vae import VAE, VAELosses
 from vqkernels.models.vqvae import VQVAE, VQVAELosses
 
-__all__ = ["VAE", "VQVAE", "PixelCNN", "VAELosses", "VQVAELosses", "from_gated_pixelcnn"]
+__all__ = [
+    "VAE",
+    "VQVAE",
+    "PixelCNN",
+    "Prior",
+    "TransformerPrior",
+    "VAELosses",
+    "VQVAELosses",
+    "from_gated_pixelcnn",
+]
+
+Prior = PixelCNN | TransformerPrior  # what is trained on codes and sampled

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqkernels.models import pixelcnn_sampling
+from vqkernels.models import ancestral_sampling, pixelcnn_sampling
+from vqkernels.models.labels import check_labels
 
 
 class GatedLayer(nn.Module):
@@ -235,10 +236,8 @@ class PixelCNN(nn.Module):
         Raises:
             ValueError: labels, known or an option are out of range.
         """
-        options = pixelcnn_sampling.check_options(self, temperature, top_k, top_p, guidance)
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, but is {chunk}")
-        codes = pixelcnn_sampling.start_codes(self, shape, known)
+        options = ancestral_sampling.check_options(self, temperature, top_k, top_p, guidance, chunk)
+        codes = ancestral_sampling.start_codes(self, shape, known)
         self._check_labels(labels, shape[0])
         self._check_condition(condition, codes.shape)
         noise = torch.rand(shape, dtype=torch.float64, device=codes.device, generator=generator)
@@ -246,12 +245,10 @@ class PixelCNN(nn.Module):
             return pixelcnn_sampling.cached_sample(
                 self, codes, noise, labels, condition, options, backend=backend, chunk=chunk, progress=progress
             )
-        training = self.training
-        self.eval()
-        try:
-            return pixelcnn_sampling.plain_sample(self, codes, noise, labels, condition, options, progress)
-        finally:
-            self.train(training)
+        with ancestral_sampling.evaluating(self):
+            return ancestral_sampling.plain_sample(
+                lambda codes, labels: self(codes, labels, condition), codes, noise, labels, options, progress
+            )
 
     def _check_condition(self, condition: Tensor | None, shape: torch.Size) -> None:
         if (condition is None) != (self.condition_channels is None):
@@ -266,18 +263,7 @@ class PixelCNN(nn.Module):
                 raise ValueError(f"condition must have shape {expected}, but has {tuple(condition.shape)}")
 
     def _check_labels(self, labels: Tensor | None, batch: int) -> None:
-        if labels is None:
-            if self.num_classes is not None:
-                raise ValueError(f"labels are needed: this prior is conditional on {self.num_classes} classes")
-        elif self.num_classes is None:
-            raise ValueError("labels are not expected: this prior was built with num_classes=None")
-        elif labels.shape != (batch,):
-            raise ValueError(f"labels must be ({batch},), one per grid of codes, but have shape {tuple(labels.shape)}")
-        elif labels.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
-            least = -1 if self.label_dropout > 0 else 0
-            outside = labels[(labels < least) | (labels >= self.num_classes)].tolist()
-            if outside:
-                raise ValueError(f"labels must be in [{least}, {self.num_classes - 1}], but one is {outside[0]}")
+        check_labels(self, labels, batch)
 
 
 def _gate(features: Tensor) -> Tensor:

@@ -1,101 +1,20 @@
-"""Ancestral sampling from a PixelCNN: the cached sampler, and the plain one that is its oracle.
+"""Cached ancestral sampling from a PixelCNN; the plain sampler that is its oracle stands in ancestral_sampling.py."""
 
-All randomness is one uniform number for each code, drawn before the first position, so that both samplers, any chunks
-of the batch and any order of the work give the same codes up to the rounding of the logits.
-"""
-
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vqkernels.backends.drawing import draw_codes, guided
+from vqkernels.models.ancestral_sampling import CHUNK_BYTES, CodePrior, Options, bar, chunks, with_and_without
 from vqkernels.ops.pixelcnn_step import PixelCNNSizes, advance, pack
 
-CHUNK_BYTES = 1 << 28  # of caches alive at once
 
+class Prior(CodePrior, Protocol):
+    """What the cached sampler asks of a PixelCNN."""
 
-class Prior(Protocol):
-    """What the samplers ask of a PixelCNN."""
-
-    num_codes: int
     condition_channels: int | None
-    label_dropout: float
-    embedding: nn.Embedding
     layers: nn.ModuleList
     head: nn.Sequential
-
-    def __call__(self, codes: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor: ...
-
-
-class Options(NamedTuple):
-    """How a code is drawn from its logits."""
-
-    temperature: float
-    top_k: int  # 0: all
-    top_p: float  # 1: all
-    guidance: float
-
-
-def check_options(model: Prior, temperature: float, top_k: int | None, top_p: float | None, guidance: float) -> Options:
-    """The options of a sampler.
-
-    Raises:
-        ValueError: one of them is out of range.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, but is {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, but is {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], but is {top_p}")
-    if guidance != 1.0 and not model.label_dropout > 0:
-        raise ValueError("guidance needs a prior that was built, and trained, with label_dropout above 0")
-    return Options(float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p), float(guidance))
-
-
-def start_codes(model: Prior, shape: tuple[int, int, int], known: Tensor | None) -> Tensor:
-    """Codes (B, H, W) to begin with: the known ones, and -1 where one is to be drawn.
-
-    Raises:
-        ValueError: known has the wrong shape or type, or a code out of range.
-    """
-    if len(shape) != 3 or min(shape) < 0:
-        raise ValueError(f"shape must be (B, H, W), but is {tuple(shape)}")
-    device = model.embedding.weight.device
-    if known is None:
-        return torch.full(shape, -1, dtype=torch.int64, device=device)
-    if tuple(known.shape) != tuple(shape) or known.dtype != torch.int64:
-        raise ValueError(f"known must be {tuple(shape)} int64, but is {tuple(known.shape)} of {known.dtype}")
-    outside = known[(known < -1) | (known >= model.num_codes)].tolist()
-    if outside:
-        raise ValueError(f"known codes must be in [-1, {model.num_codes - 1}], -1 where unknown; one is {outside[0]}")
-    return known.to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-def plain_sample(
-    model: Prior,
-    codes: Tensor,
-    noise: Tensor,
-    labels: Tensor | None,
-    condition: Tensor | None,
-    options: Options,
-    progress: bool = False,
-) -> Tensor:
-    """Codes by a full forward pass for every position: the specification of the cached sampler."""
-    _, height, width = codes.shape
-    for row, column in bar([(row, column) for row in range(height) for column in range(width)], progress, "code"):
-        missing = codes[:, row, column] < 0
-        if not bool(missing.any()):
-            continue
-        logits = model(codes.clamp_min(0), labels, condition)[:, :, row, column]
-        if options.guidance != 1.0 and labels is not None:
-            without = model(codes.clamp_min(0), torch.full_like(labels, -1), condition)[:, :, row, column]
-            logits = guided(torch.stack([logits, without], 1).flatten(0, 1), options.guidance)
-        drawn = draw_codes(logits, noise[:, row, column], options.temperature, options.top_k, options.top_p)
-        codes[:, row, column] = torch.where(missing, drawn, codes[:, row, column])
-    return codes
 
 
 def cached_sample(
@@ -113,10 +32,8 @@ def cached_sample(
     """Codes by `CachedSampler`, a chunk of the batch at a time."""
     batch, height, width = codes.shape
     packed = PackedPixelCNN(model)
-    if chunk is None:
-        row_bytes = packed.sizes.cache_elements(2 if options.guidance != 1.0 else 1, width) * packed.weights.itemsize
-        chunk = max(1, CHUNK_BYTES // row_bytes)
-    parts = [slice(start, min(start + chunk, batch)) for start in range(0, batch, chunk)]
+    row_bytes = packed.sizes.cache_elements(2 if options.guidance != 1.0 else 1, width) * packed.weights.itemsize
+    parts = chunks(batch, chunk, row_bytes, CHUNK_BYTES)
     steps = [(part, row) for part in parts for row in range(height)]
     sampler = None
     for part, row in bar(steps, progress, "row"):
@@ -204,10 +121,8 @@ class CachedSampler:
     ) -> None:
         self.packed, self.codes, self.noise = packed, codes, noise.contiguous()
         self.options, self.backend = options, backend
-        copies = 2 if options.guidance != 1.0 else 1  # rows of the stack for each grid: with the label, and without
+        labels, copies = with_and_without(labels, options.guidance)
         self.rows = copies * len(codes)
-        if labels is not None and copies == 2:
-            labels = torch.stack([labels, torch.full_like(labels, -1)], 1).flatten()
         self.biases = packed.biases(labels, self.rows)
         weights, width = packed.weights, codes.shape[2]
         self.condition = condition
@@ -237,14 +152,3 @@ class CachedSampler:
             guidance=guidance,
             backend=self.backend,
         )
-
-
-def bar(steps: list, progress: bool, unit: str) -> Iterable:
-    """The steps under a progress bar, where one is wanted and tqdm is installed."""
-    if not progress:
-        return steps
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return steps
-    return tqdm(steps, desc="sampling", unit=unit, leave=False)

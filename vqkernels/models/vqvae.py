@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from vqkernels.models.autoencoder import Autoencoder
 from vqkernels.models.likelihoods import Likelihood, Name, bits_per_dimension, make_likelihood
 from vqkernels.models.pixelcnn import PixelCNN
+from vqkernels.models.transformer import TransformerPrior
 from vqkernels.nn import VectorQuantizer
 
 
@@ -115,7 +116,9 @@ class VQVAE(Autoencoder):
         return decoded if self.likelihood is None else self.likelihood.mean(decoded)
 
     @torch.no_grad()
-    def bits_per_dim(self, x: Tensor, prior: PixelCNN | None = None, labels: Tensor | None = None) -> Tensor:
+    def bits_per_dim(
+        self, x: Tensor, prior: PixelCNN | TransformerPrior | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """An upper bound of -log2 p(x), per pixel and channel: (B,) of 8-bit images x (B, C, H, W) in [-1, 1].
 
         -log p(x) <= -log p(x | codes) - log p(codes): the encoder puts all its mass on one grid of codes, so its

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from vqkernels.backends import registry
-from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.models import VQVAE, PixelCNN, Prior, TransformerPrior
 from vqkernels.training.checkpoint import Export, ImageFormat, read_export
 from vqkernels.training.config import RunConfig
 from vqkernels.training.errors import UserError
@@ -51,16 +51,30 @@ def build_vqvae(config: RunConfig, images: ImageFormat) -> VQVAE:
     )
 
 
-def build_prior(config: RunConfig, images: ImageFormat) -> PixelCNN:
+def build_prior(config: RunConfig, images: ImageFormat, vqvae: VQVAE) -> Prior:
+    """The prior of the codes of a VQ-VAE; a transformer has positions for grids up to that of one image."""
     chosen = config.prior
+    num_classes = len(images.class_names) or None
+    label_dropout = chosen.label_dropout if images.class_names else 0.0
+    if chosen.model == "transformer":
+        return TransformerPrior(
+            config.vqvae.codebook_size,
+            hidden_channels=chosen.hidden_channels,
+            num_layers=chosen.num_layers,
+            num_heads=chosen.num_heads,
+            num_classes=num_classes,
+            max_grid=vqvae.latent_size((images.height, images.width)),
+            dropout=chosen.dropout,
+            label_dropout=label_dropout,
+        )
     return PixelCNN(
         config.vqvae.codebook_size,
         hidden_channels=chosen.hidden_channels,
         num_layers=chosen.num_layers,
-        num_classes=len(images.class_names) or None,
+        num_classes=num_classes,
         head_channels=chosen.head_channels,
         dropout=chosen.dropout,
-        label_dropout=chosen.label_dropout if images.class_names else 0.0,
+        label_dropout=label_dropout,
     )
 
 
@@ -76,7 +90,7 @@ def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, Export]:
     return vqvae.to(device).eval(), export
 
 
-def load_models(path: Path, device: torch.device) -> tuple[VQVAE, PixelCNN, Export]:
+def load_models(path: Path, device: torch.device) -> tuple[VQVAE, Prior, Export]:
     """The trained models of a run directory, in eval mode.
 
     Raises:
@@ -89,7 +103,7 @@ def load_models(path: Path, device: torch.device) -> tuple[VQVAE, PixelCNN, Expo
             f"the run {path} has no prior yet (its VQ-VAE is at step {export.step}); "
             f"train it with 'vqkernels train --out {path} --resume'"
         )
-    prior = build_prior(export.config, export.images)
+    prior = build_prior(export.config, export.images, vqvae)
     prior.load_state_dict(state)
     return vqvae, prior.to(device).eval(), export
 

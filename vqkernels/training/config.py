@@ -9,9 +9,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
+import tyro
 
 from vqkernels.training.errors import UserError
 
@@ -22,6 +23,7 @@ else:
 
 Schedule = Literal["constant", "cosine"]
 Stage = Literal["vqvae", "prior"]
+PriorModel = Literal["pixelcnn", "transformer"]
 FORMAT = "vqkernels-run-1"
 
 
@@ -50,11 +52,16 @@ class VQVAEConfig:
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """The PixelCNN prior and its training."""
+    """The prior and its training."""
 
+    model: Annotated[PriorModel, tyro.conf.arg(name="")] = "pixelcnn"  # --prior on the command line
+    """What the prior is: a gated PixelCNN, or a causal transformer."""
     hidden_channels: int = 64
     num_layers: int = 15
     head_channels: int = 512
+    """Width before the logits; of a PixelCNN alone."""
+    num_heads: int = 4
+    """Attention heads, a divisor of hidden_channels; of a transformer alone."""
     dropout: float = 0.0
     label_dropout: float = 0.0
     """Probability of training a grid of codes without its label; above 0 samples can be guided."""
@@ -110,7 +117,12 @@ class RunConfig:
             _at_least(1, self.vqvae, "residual_channels", prefix="vqvae.")
         if self.vqvae.ema_decay is not None and not 0 <= self.vqvae.ema_decay < 1:
             raise UserError(f"vqvae.ema_decay must be at least 0 and less than 1, but is {self.vqvae.ema_decay}")
-        _at_least(1, self.prior, "num_layers", "head_channels", prefix="prior.")
+        _at_least(1, self.prior, "num_layers", "head_channels", "num_heads", prefix="prior.")
+        if self.prior.model == "transformer" and self.prior.hidden_channels % self.prior.num_heads:
+            raise UserError(
+                f"prior.hidden_channels must be a multiple of prior.num_heads, {self.prior.num_heads}, "
+                f"but is {self.prior.hidden_channels}"
+            )
         if not 0 <= self.prior.dropout < 1:
             raise UserError(f"prior.dropout must be at least 0 and less than 1, but is {self.prior.dropout}")
         if not 0 <= self.prior.label_dropout < 1:

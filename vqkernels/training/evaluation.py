@@ -11,7 +11,7 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.models import VQVAE, Prior
 from vqkernels.nn import metrics
 from vqkernels.training.data import ImageData
 from vqkernels.training.errors import UserError
@@ -57,7 +57,7 @@ class DigitJudge:
 
 
 def evaluate_digits(
-    vqvae: VQVAE, prior: PixelCNN, data: ImageData, *, samples_per_class: int = 100, seed: int = 0
+    vqvae: VQVAE, prior: Prior, data: ImageData, *, samples_per_class: int = 100, seed: int = 0
 ) -> list[Figure]:
     """Measure reconstructions, samples and the use of the codebook.
 

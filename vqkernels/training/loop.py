@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.models import VQVAE, Prior
 from vqkernels.training.batches import Batches
 from vqkernels.training.build import build_prior, build_vqvae, check_backend, pick_device
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
@@ -38,7 +38,7 @@ class Trained(NamedTuple):
     """What `train` leaves behind, with the models in eval mode."""
 
     vqvae: VQVAE
-    prior: PixelCNN | None  # None until the prior's stage has begun
+    prior: Prior | None  # None until the prior's stage has begun
     data: ImageData
     finished: bool  # False: stopped early
 
@@ -126,7 +126,7 @@ def _train(
             finished = session.run_stage(VQVAEStage(vqvae, config.vqvae, data, device))
         if finished and stage != "vqvae":
             torch.manual_seed(config.seed + 1)  # whatever the first stage drew
-            prior = build_prior(config, images).to(device)
+            prior = build_prior(config, images, vqvae).to(device)
             finished = session.run_stage(PriorStage(prior, vqvae, config.prior, data, device, config.seed))
             prior.eval()
         return Trained(vqvae.eval(), prior, data, finished)

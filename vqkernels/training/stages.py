@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.models import VQVAE, Prior
 from vqkernels.nn import metrics
 from vqkernels.training.config import PriorConfig, Stage, VQVAEConfig
 from vqkernels.training.data import ImageData
@@ -97,7 +97,7 @@ class PriorStage:
     name: Stage = "prior"
 
     def __init__(
-        self, prior: PixelCNN, vqvae: VQVAE, config: PriorConfig, data: ImageData, device: torch.device, seed: int
+        self, prior: Prior, vqvae: VQVAE, config: PriorConfig, data: ImageData, device: torch.device, seed: int
     ) -> None:
         self.model, self.config, self.data, self.device, self.seed = prior, config, data, device, seed
         self.forward: nn.Module = prior
@@ -148,7 +148,7 @@ def encode(vqvae: VQVAE, images: ImageSet, device: torch.device) -> Tensor:
 @torch.no_grad()
 def draw_codes(
     vqvae: VQVAE,
-    prior: PixelCNN,
+    prior: Prior,
     size: tuple[int, int],
     count: int,
     *,
@@ -190,7 +190,7 @@ def decode(vqvae: VQVAE, codes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def draw(
     vqvae: VQVAE,
-    prior: PixelCNN,
+    prior: Prior,
     size: tuple[int, int],
     count: int,
     *,
