@@ -37,13 +37,14 @@ class Blocks(nn.Module):
 class Mistaken(nn.Module):
     """A prior that fills the grid with the class asked for, but with the next class in every fourth grid."""
 
-    label_dropout = 0.0
-
-    def __init__(self):
+    def __init__(self, label_dropout):
         super().__init__()
+        self.label_dropout = label_dropout
         self.weight = nn.Parameter(torch.zeros(()))
+        self.ways = []
 
-    def sample(self, shape, *, labels, **options):
+    def sample(self, shape, *, labels, temperature, guidance, **options):
+        self.ways.append((temperature, guidance))
         wrong = torch.arange(shape[0]) % 4 == 3
         return torch.where(wrong, (labels + 1) % 3, labels)[:, None, None].expand(shape).clone()
 
@@ -83,12 +84,15 @@ def test_bits_are_the_mean_over_all_grids_whatever_the_chunks():
     assert prior_quality.prior_bits(prior, codes, labels) == pytest.approx(math.log2(5), rel=1e-6)
 
 
-def test_shares_and_margin_of_a_case_counted_by_hand(data):
-    found = prior_quality.measure(Blocks(), Mistaken(), data, per_class=8, seed=0)
-    assert [way["recognised"] for way in found["samples"]] == [75.0, 75.0]
-    assert [(way["temperature"], way["guidance"]) for way in found["samples"]] == [(1.0, 1.0), (0.9, 1.0)]
+@pytest.mark.parametrize("label_dropout", [0.0, 0.1])
+def test_shares_and_margin_of_a_case_counted_by_hand(data, label_dropout):
+    prior = Mistaken(label_dropout)
+    found = prior_quality.measure(Blocks(), prior, data, judged=6, per_class=8, seed=0)
+    assert prior.ways == [(1.0, 1.0), (0.9, 1.0)] + ([(1.0, 1.5)] if label_dropout else [])
+    assert [(way["temperature"], way["guidance"]) for way in found["samples"]] == prior.ways
+    assert [way["recognised"] for way in found["samples"]] == [75.0] * len(prior.ways)
     assert found["recognised"] == {"real_held_out": 100.0, "reconstructions": 100.0, "images": 4}
-    assert found["images"] == {"train": 12, "held_out": 4, "judge": 12} and found["grid"] == [2, 2]
+    assert found["images"] == {"train": 12, "held_out": 4, "judge": 6} and found["grid"] == [2, 2]
     # training codes: 24, 12, 12 of 48, one added to each; held-out codes: 1/2, 1/4, 1/4
     unigram = math.log2(51) - (2 * math.log2(25) + 2 * math.log2(13)) / 4
     assert found["unigram_bits_per_code"] == pytest.approx(unigram, abs=1e-12)
