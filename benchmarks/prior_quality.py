@@ -138,6 +138,7 @@ def measure(vqvae: VQVAE, prior: PixelCNN, data: ImageData, *, judged: int, per_
     counts, own = (torch.bincount(codes.flatten(), minlength=size) for codes in (train_codes, held_out_codes))
     bits, unigram = prior_bits(prior, held_out_codes, data.held_out.labels), unigram_bits(counts, held_out_codes)
     frequencies = own[own > 0].double() / own.sum()
+    seen = spread(data.train, SHOWN)
     return {
         "images": {"train": len(data.train), "held_out": len(data.held_out), "judge": min(len(data.train), judged)},
         "grid": list(held_out_codes.shape[1:]),
@@ -150,6 +151,7 @@ def measure(vqvae: VQVAE, prior: PixelCNN, data: ImageData, *, judged: int, per_
         "samples": samples,
         "samples_per_class": per_class,
         "bits_per_code": bits,
+        "training_bits_per_code": prior_bits(prior, encode(vqvae, seen, torch.device("cpu")), seen.labels),
         "unigram_bits_per_code": unigram,
         "held_out_entropy_bits": float(-(frequencies * frequencies.log2()).sum()),  # the best that any unigram can do
         "margin_bits": unigram - bits,

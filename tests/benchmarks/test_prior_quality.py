@@ -98,6 +98,7 @@ def test_shares_and_margin_of_a_case_counted_by_hand(data, label_dropout):
     assert found["unigram_bits_per_code"] == pytest.approx(unigram, abs=1e-12)
     assert found["held_out_entropy_bits"] == pytest.approx(1.5, abs=1e-12)
     assert found["bits_per_code"] == pytest.approx((3 * 0.25 + 0.75) / 4)
+    assert found["training_bits_per_code"] == pytest.approx((9 * 0.25 + 3 * 0.75) / 12)
     assert found["margin_bits"] == pytest.approx(unigram - 0.375)
     assert found["codes_in_use"] == 3
 
