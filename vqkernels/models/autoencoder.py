@@ -29,8 +29,6 @@ class Autoencoder(nn.Module):
     Args:
         in_channels: channels of the images.
         encoded_channels: channels that the encoder gives.
-        latent_channels: channels that the decoder takes.
-        decoded_channels: channels that the decoder gives.
         hidden_channels: width of encoder and decoder.
         downsamplings: number of strided convolutions; each halves height and width.
         residual_blocks: number of residual blocks in the encoder, and again in the decoder.
@@ -44,8 +42,6 @@ class Autoencoder(nn.Module):
         self,
         in_channels: int,
         encoded_channels: int,
-        latent_channels: int,
-        decoded_channels: int,
         *,
         hidden_channels: int,
         downsamplings: int,
@@ -65,6 +61,7 @@ class Autoencoder(nn.Module):
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
         self.in_channels = in_channels
         self.downsampling_factor = 2**downsamplings
+        self._sizes = (hidden_channels, residual_channels, downsamplings, residual_blocks)
 
         encoder: list[nn.Module] = []
         channels = in_channels
@@ -76,12 +73,15 @@ class Autoencoder(nn.Module):
         encoder += [nn.ReLU(), nn.Conv2d(hidden_channels, encoded_channels, 1)]
         self.encoder = nn.Sequential(*encoder)
 
+    def _make_decoder(self, latent_channels: int, decoded_channels: int) -> nn.Sequential:
+        """The encoder's mirror image; a model makes it last, after what lies between."""
+        hidden_channels, residual_channels, downsamplings, residual_blocks = self._sizes
         decoder: list[nn.Module] = [nn.Conv2d(latent_channels, hidden_channels, 3, padding=1)]
         decoder += [ResidualBlock(hidden_channels, residual_channels) for _ in range(residual_blocks)]
         for _ in range(downsamplings - 1):
             decoder += [nn.ReLU(), nn.ConvTranspose2d(hidden_channels, hidden_channels, 4, stride=2, padding=1)]
         decoder += [nn.ReLU(), nn.ConvTranspose2d(hidden_channels, decoded_channels, 4, stride=2, padding=1)]
-        self.decoder = nn.Sequential(*decoder)
+        return nn.Sequential(*decoder)
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the latents of an image of this height and width."""

@@ -55,13 +55,12 @@ class VAE(Autoencoder):
         super().__init__(
             in_channels,
             2 * code_dim,
-            code_dim,
-            distribution.parameters_per_pixel,
             hidden_channels=hidden_channels,
             downsamplings=downsamplings,
             residual_blocks=residual_blocks,
             residual_channels=residual_channels,
         )
+        self.decoder = self._make_decoder(code_dim, distribution.parameters_per_pixel)
         self.likelihood: Likelihood = distribution
         self.code_dim, self.kl_weight = code_dim, kl_weight
 

@@ -66,8 +66,6 @@ class VQVAE(Autoencoder):
         super().__init__(
             in_channels,
             code_dim,
-            code_dim,
-            in_channels if distribution is None else distribution.parameters_per_pixel,
             hidden_channels=hidden_channels,
             downsamplings=downsamplings,
             residual_blocks=residual_blocks,
@@ -76,6 +74,9 @@ class VQVAE(Autoencoder):
         self.likelihood: Likelihood | None = distribution
         self.quantizer = VectorQuantizer(
             code_dim, codebook_size, beta=beta, ema_decay=ema_decay, channel_dim=1, backend=backend
+        )
+        self.decoder = self._make_decoder(
+            code_dim, in_channels if distribution is None else distribution.parameters_per_pixel
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, VQVAELosses]:
