@@ -68,7 +68,7 @@ def configuration(data: str, images: str, seed: int) -> RunConfig:
             head_channels=128,
             dropout=0.1 if cifar else 0.2,
             label_dropout=0.1,
-            steps=1200 if cifar else 3500,
+            steps=900 if cifar else 3500,
             batch_size=64,
             learning_rate=1e-3,
             schedule="cosine",
