@@ -91,6 +91,30 @@ def test_steps_in_two_runs_are_the_steps_of_one(tmp_path, ema_decay):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_codes_from_data_revival_and_a_likelihood_survive_an_interruption(tmp_path):
+    config = tiny(init="kmeans", revive="rows", likelihood="gaussian")
+    train(config, tmp_path / "straight", stage="vqvae")
+    assert not train(config, tmp_path / "halves", stage="vqvae", should_stop=stop_after(4)).finished
+    trained = train(config, tmp_path / "halves", stage="vqvae", resume=True)
+    expected, found = weights(tmp_path / "straight"), weights(tmp_path / "halves")
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert bool(found["vqvae.quantizer.initialised"])
+    assert trained.vqvae.bits_per_dim(trained.data.held_out.batch(slice(8))).isfinite().all()
+
+
+def test_with_a_likelihood_both_stages_tell_bits_per_dim(tmp_path):
+    """With the uniform prior log2 K bits a code; with the trained one what it gives, in the same units."""
+    trained = train(tiny(likelihood="gaussian"), tmp_path)
+    read = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    told = {line["stage"]: line for line in read if "held_out_bits_per_dim" in line}
+    held_out = trained.data.held_out
+    uniform = trained.vqvae.bits_per_dim(held_out.batch(slice(None))).mean()
+    assert told["vqvae"]["held_out_bits_per_dim"] == pytest.approx(float(uniform), rel=1e-4)
+    bits_per_code = told["prior"]["held_out_bits_per_code"]
+    expected = float(uniform) + (bits_per_code - 3) * 16 / 64  # 8 codes; 4x4 of them for 8x8 pixels
+    assert told["prior"]["held_out_bits_per_dim"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_stages_one_by_one_are_all_of_them(straight, tmp_path):
     train(tiny(), tmp_path, stage="vqvae")
     assert read_export(tmp_path).stage == "vqvae"

@@ -35,6 +35,7 @@ class VQVAE(Autoencoder):
         residual_channels: width inside a residual block; `hidden_channels` (the paper) when None.
         beta: weight of the commitment loss.
         ema_decay: None trains the codebook by the paper's codebook loss; a float by moving averages (appendix A.1).
+        init, revive: how the codes begin, and what becomes of those that nobody uses; see `VectorQuantizer`.
         likelihood: None: the decoder gives the image, trained by its squared error. A name: it gives the parameters of
             a distribution over 8-bit images (`vqkernels.models.likelihoods`), trained by -log p(x | codes), and
             `bits_per_dim` can be asked for.
@@ -59,6 +60,8 @@ class VQVAE(Autoencoder):
         residual_channels: int | None = None,
         beta: float = 0.25,
         ema_decay: float | None = None,
+        init: str = "uniform",
+        revive: str = "off",
         likelihood: Name | None = None,
         backend: str = "auto",
     ) -> None:
@@ -73,7 +76,14 @@ class VQVAE(Autoencoder):
         )
         self.likelihood: Likelihood | None = distribution
         self.quantizer = VectorQuantizer(
-            code_dim, codebook_size, beta=beta, ema_decay=ema_decay, channel_dim=1, backend=backend
+            code_dim,
+            codebook_size,
+            beta=beta,
+            ema_decay=ema_decay,
+            init=init,
+            revive=revive,
+            channel_dim=1,
+            backend=backend,
         )
         self.decoder = self._make_decoder(
             code_dim, in_channels if distribution is None else distribution.parameters_per_pixel

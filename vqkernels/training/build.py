@@ -47,6 +47,9 @@ def build_vqvae(config: RunConfig, images: ImageFormat) -> VQVAE:
         residual_channels=chosen.residual_channels,
         beta=chosen.beta,
         ema_decay=chosen.ema_decay,
+        init=chosen.init,
+        revive=chosen.revive,
+        likelihood=chosen.likelihood,
         backend=config.backend,
     )
 

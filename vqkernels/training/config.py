@@ -43,6 +43,12 @@ class VQVAEConfig:
     """Weight of the commitment loss."""
     ema_decay: float | None = None
     """None: the codebook is trained by its loss; a number such as 0.99: by moving averages."""
+    init: Literal["uniform", "kmeans"] = "uniform"
+    """kmeans: the codes begin as those of the first batch."""
+    revive: Literal["off", "rows"] = "off"
+    """rows: a code that is hardly used becomes a row of the batch."""
+    likelihood: Literal["logistic_mixture", "gaussian", "categorical"] | None = None
+    """What the decoder says about 8-bit pixels; None: the image itself, trained by its squared error."""
     steps: int = 20_000
     batch_size: int = 128
     learning_rate: float = 2e-4

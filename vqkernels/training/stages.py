@@ -68,18 +68,23 @@ class VQVAEStage:
     def evaluate(self) -> dict[str, float]:
         if not len(self.held_out):
             return {}
-        squared, counts = 0.0, torch.zeros(self.config.codebook_size, dtype=torch.int64)
+        squared, bits, counts = 0.0, 0.0, torch.zeros(self.config.codebook_size, dtype=torch.int64)
         self.model.eval()
         for chunk in _chunks(len(self.held_out)):
             x = self.held_out.batch(chunk, self.device)
             reconstruction, indices, _ = self.model(x)
             squared += float((reconstruction - x).square().mean((1, 2, 3)).double().sum())
             counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
+            if self.model.likelihood is not None:
+                bits += float(self.model.bits_per_dim(x).double().sum())
         self.model.train()
-        return {
+        found = {
             "held_out_reconstruction": squared / len(self.held_out),
             "held_out_perplexity": float(metrics.perplexity(counts)),
         }
+        if self.model.likelihood is not None:  # with the uniform prior
+            found["held_out_bits_per_dim"] = bits / len(self.held_out)
+        return found
 
     @torch.no_grad()
     def pictures(self) -> dict[str, Tensor]:
@@ -114,14 +119,21 @@ class PriorStage:
     def evaluate(self) -> dict[str, float]:
         if not len(self.held_out_codes):
             return {}
-        total = 0.0
+        total, bits = 0.0, 0.0
         self.model.eval()
         for chunk in _chunks(len(self.held_out_codes)):
             loss = self._cross_entropy(self.model, self.held_out_codes, self.held_out.labels, chunk)
             total += float(loss) * (chunk.stop - chunk.start)
+            if self.vqvae.likelihood is not None:
+                labels = None if self.held_out.labels is None else self.held_out.labels[chunk].to(self.device)
+                x = self.held_out.batch(chunk, self.device)
+                bits += float(self.vqvae.bits_per_dim(x, self.model, labels).double().sum())
         self.model.train()
         nats = total / len(self.held_out_codes)
-        return {"held_out_nats_per_code": nats, "held_out_bits_per_code": nats / math.log(2)}
+        found = {"held_out_nats_per_code": nats, "held_out_bits_per_code": nats / math.log(2)}
+        if self.vqvae.likelihood is not None:
+            found["held_out_bits_per_dim"] = bits / len(self.held_out_codes)
+        return found
 
     def pictures(self) -> dict[str, Tensor]:
         classes = min(len(self.data.class_names), CLASSES_DRAWN)
