@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lucidrains_layer import VectorQuantize
-from .lucidrains_options import refuse
-from .lucidrains_residual import GroupedResidualVQ, ResidualVQ
-from .lucidrains_simvq import SimVQ
+from .layer import VectorQuantize
+from .options import refuse
+from .residual import GroupedResidualVQ, ResidualVQ
+from .simvq import SimVQ
 
 # Attributes of the peer's VectorQuantize that are arguments of the same name.
 _SAME_NAME = (
