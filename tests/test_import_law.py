@@ -69,6 +69,7 @@ DRAWN = {
         "dropin/lucidrains/rows",
     },
     "dropin/lucidrains/adoption": {
+        "dropin/adoption",
         "dropin/lucidrains/layer",
         "dropin/lucidrains/options",
         "dropin/lucidrains/residual",
