@@ -54,6 +54,8 @@ DRAWN = {
         "bench/stacks",
         "bench/timing",
     },
+    "bench/swapped": {"bench/subject", "bench/timing"},
+    "bench/swapped_memory": {"bench/memory", "bench/subject", "bench/swapped"},
     "bench/targets": {"bench/cases", "bench/entropies", "bench/run"},
     "bench/report": {"bench/cases", "bench/run", "bench/targets"},
     "bench/plot": {"bench/cases", "bench/report", "bench/run"},
