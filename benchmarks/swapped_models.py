@@ -12,6 +12,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ MODELS: dict[str, tuple[str, str, int]] = {
 
 def measure(name: str, threads: int, seconds: float, least: int, most: int) -> dict[str, Any]:
     """The record of one model."""
-    spec = f"{__name__ if __name__ != '__main__' else 'benchmarks.swapped_models'}:{name}"
+    spec = f"benchmarks.swapped_models:{name}"
     torch.manual_seed(0)
     pair = Pair(load(spec), lambda: load(spec))
     compared, calls = pair.compare(), pair.calls()
@@ -159,6 +160,7 @@ def _ms(timing: Timing) -> dict[str, float]:
     return {key: round(1e3 * getattr(timing, key), 4) for key in ("median", "low", "high")} | {"rounds": timing.rounds}
 
 
+_TIMES = {"the quantizers are": "quantizer_ms", "a step is": "whole_ms"}
 _HEAD = (
     "model",
     "N, K",
@@ -194,9 +196,6 @@ def losses(record: dict[str, Any]) -> list[str]:
     return found
 
 
-_TIMES = {"the quantizers are": "quantizer_ms", "a step is": "whole_ms"}
-
-
 def table(result: dict[str, Any]) -> str:
     """Markdown: one line per model, losing cells included, and where the figures come from."""
     rows = [list(_HEAD)]
@@ -230,13 +229,14 @@ def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def put(path: Path, text: str) -> None:
-    """Puts `text` between the marks of a file."""
+def put(path: Path, text: str | None = None) -> None:
+    """Puts `text` between the marks of a file; without a text, only sees that the marks are there."""
     before, mark, rest = path.read_text().partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not (mark and end):
         raise ValueError(f"{path} has no line '{MARKS[0]}' followed by a line '{MARKS[1]}'")
-    path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+    if text is not None:
+        path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -248,6 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="two rounds: whether it runs, not how fast")
     options = parser.parse_args(arguments)
+    if options.readme is not None:
+        put(options.readme)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's older weight norm
     least, most = (2, 2) if options.quick else (5, 25)
@@ -257,18 +259,13 @@ def main(arguments: list[str] | None = None) -> None:
         models.append(measure(name, options.threads, options.seconds, least, most))
         told = f"quantizers {gain(models[-1], 'quantizer_ms'):.2f}x, step {gain(models[-1], 'whole_ms'):.2f}x"
         print(f"{name}: {told}; {time.perf_counter() - begun:.0f} s", flush=True)
-    result = {"facts": _facts(options.threads), "models": models}
+    facts = machine.facts(options.threads) | {"transformers": metadata.version("transformers")}
+    result = {"facts": facts, "models": models}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     if options.readme is not None:
         put(options.readme, table(result))
-
-
-def _facts(threads: int) -> dict[str, str]:
-    from importlib import metadata
-
-    return machine.facts(threads) | {"transformers": metadata.version("transformers")}
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_one_command_measures_and_puts_the_table(swapped_models, tmp_path, monke
     assert "| Tiny | 60, 32 | training step | 0 of 60 |" in text and "a step needs 2 MB more" in text
     page.write_text("no marks")
     with pytest.raises(ValueError, match="has no line '<!-- swapped models -->'"):
-        swapped_models.put(page, "table")
+        swapped_models.main(["--out", str(out), "--readme", str(page)])
 
 
 def test_what_is_slower_is_said(swapped_models):
