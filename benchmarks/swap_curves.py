@@ -5,7 +5,8 @@
 IMAGES is a folder of images, as `vqkernels train` reads it. The paper's VQ-VAE is trained with lucidrains' layer
 (moving averages and rotation trick, its defaults) and with that of diffusers (codes trained by gradient), then again
 from the same start, on the same batches, after `swap_quantizers`. Rounding alone tells the runs apart, and training
-magnifies it: losses should agree to float noise at first and stay within two percent at the end.
+magnifies it: losses should agree to float noise at first and stay within two percent at the end. How much training
+magnifies rounding is measured, too: the peer's run is repeated with one weight moved by one unit in its last place.
 """
 
 import argparse
@@ -51,11 +52,17 @@ PEERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
 }
 
 
-def train(name: str, images: Tensor, swapped: bool, options: argparse.Namespace) -> list[float]:
-    """The loss of every step."""
+def train(
+    name: str, images: Tensor, options: argparse.Namespace, *, swapped: bool = False, moved: bool = False
+) -> list[float]:
+    """The loss of every step: of the peer, with it swapped, or with one weight moved by one unit in its last place."""
     torch.manual_seed(options.seed)
     model = VQVAE(3, hidden_channels=HIDDEN, code_dim=CODE_DIM, codebook_size=1)
     model.quantizer = PEERS[name][1](options.codebook_size)
+    if moved:
+        with torch.no_grad():
+            weight = next(model.parameters()).view(-1)[:1]
+            weight.copy_(torch.nextafter(weight, weight + 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     if swapped:  # after the optimizer was made: it goes on with the same parameters
         swap_quantizers(model, strict=True)
@@ -76,21 +83,24 @@ def apart(theirs: list[float], ours: list[float]) -> list[float]:
     return [abs(a - b) / abs(a) for a, b in zip(theirs, ours, strict=True)]
 
 
-def record(name: str, theirs: list[float], ours: list[float]) -> dict:
-    """Both curves, the largest difference of the first steps, and that of the means over the last."""
-    ends = [sum(curve[-LAST:]) / len(curve[-LAST:]) for curve in (theirs, ours)]
+def record(name: str, theirs: list[float], ours: list[float], moved: list[float]) -> dict:
+    """The curves, the largest difference of the first steps, and that of the means over the last, ours and the peer's
+    own."""
+    ends = [sum(curve[-LAST:]) / len(curve[-LAST:]) for curve in (theirs, ours, moved)]
     return {
         "name": name,
         "title": PEERS[name][0],
         "first_steps": max(apart(theirs, ours)[:FIRST]),
         "end": abs(ends[1] - ends[0]) / ends[0],
+        "end_of_moved": abs(ends[2] - ends[0]) / ends[0],
         "theirs": theirs,
         "ours": ours,
+        "moved": moved,
     }
 
 
 def draw(path: Path, records: list[dict]) -> None:
-    """Above the losses, theirs and ours, below how far apart they are."""
+    """Above the losses, theirs and ours; below how far apart they are, and the peer from itself."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
@@ -102,10 +112,15 @@ def draw(path: Path, records: list[dict]) -> None:
         upper.set(title=x["title"], ylabel="loss", yscale="log")
         upper.legend()
         # Equal losses have no place on a logarithmic axis: they are drawn at its foot.
-        lower.plot(steps, [max(y, 1e-8) for y in apart(x["theirs"], x["ours"])], color="black", linewidth=1)
+        for key, color, told in (
+            ("moved", "tab:orange", "the peer, one weight moved by one ulp"),
+            ("ours", "black", "ours"),
+        ):
+            distances = [max(y, 1e-8) for y in apart(x["theirs"], x[key])]
+            lower.plot(steps, distances, color=color, linewidth=1, label=told)
         lower.axhline(0.02, color="grey", linestyle=":", label="2 %")
         lower.set(xlabel="step", ylabel="relative difference", yscale="log", ylim=(5e-9, 1))
-        lower.legend(loc="lower right")
+        lower.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -123,9 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
     images = read_folder(options.images, "rgb").train.pixels
     records = []
     for name in options.peers:
-        curves = [train(name, images, swapped, options) for swapped in (False, True)]
-        records.append(record(name, *curves))
+        theirs, ours = train(name, images, options), train(name, images, options, swapped=True)
+        records.append(record(name, theirs, ours, train(name, images, options, moved=True)))
         told = f"first {FIRST} steps within {records[-1]['first_steps']:.1e}, end within {records[-1]['end']:.2%}"
+        told += f", the peer from itself {records[-1]['end_of_moved']:.2%}"
         print(f"{name}: {told}", flush=True)
     chosen = {key: getattr(options, key) for key in ("steps", "batch", "codebook_size", "seed")}
     result = {"facts": machine.facts(torch.get_num_threads()), "images": len(images), **chosen, "peers": records}
