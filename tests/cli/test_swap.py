@@ -1,12 +1,17 @@
 """`vqkernels swap`: what is swapped, whether results stay, what it gains, and when it is not worth it."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
+from vqkernels.bench import swapped_memory
 from vqkernels.bench.subject import Subject
+from vqkernels.bench.swapped import Pair, difference
+from vqkernels.bench.swapped_memory import Peaks
 from vqkernels.cli import main
-from vqkernels.cli.swap import Pair, _difference, run, verdict
+from vqkernels.cli.swap import run, verdict
 
 pytest.importorskip("diffusers")
 
@@ -27,6 +32,9 @@ class Autoencoder(nn.Module):
 
 def small():
     return Autoencoder(8), torch.randn(1, 3, 8, 8)
+
+def large():
+    return Autoencoder(4096), torch.randn(1, 3, 64, 64)
 
 def lossy():
     return Autoencoder(8), torch.randn(1, 3, 8, 8), lambda output: output[1]
@@ -101,14 +109,17 @@ PEER = "diffusers.models.autoencoders.vae.VectorQuantizer -> vqkernels.dropin.di
         ("frozen", f"quantizer: {PEER}", ["outputs"], "forward"),
     ],
 )
-def test_the_report(models, capsys, name, first, compared, kind):
+def test_the_report(models, capsys, monkeypatch, name, first, compared, kind):
+    monkeypatch.setattr(swapped_memory, "measure", lambda spec, threads: Peaks((30.4, 20.0), (12.0, 1.6)))
     assert run([f"{models}:{name}", "--quick", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == first
-    assert [line.split()[0] for line in lines[1:]] == [*compared, kind, "verdict"]
+    assert [line.split()[0] for line in lines[1:]] == [*compared, kind, "memory", "verdict"]
     for line in lines[1 : 1 + len(compared)]:
         assert float(line.split()[1]) < 1e-5 and (" 0 of " in line or "integers" not in line)
-    assert "ms before" in lines[-2] and "x as fast" in lines[-1]
+    assert "ms before" in lines[-3] and "x as fast" in lines[-1]
+    whole, alone = "30 MB before, 20 MB after", "12 MB before, 2 MB after"
+    assert lines[-2].endswith(f"{whole}: peak of a {kind} above the model; quantizers alone {alone}")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -139,6 +150,42 @@ def test_wrong_arguments(capsys, arguments):
     assert exit.value.code == 2 and "must be" in capsys.readouterr().err
 
 
+def test_memory_that_cannot_be_measured_is_said_to_be_so(models, capsys, monkeypatch):
+    monkeypatch.setattr(swapped_memory, "measure", lambda spec, threads: None)
+    assert run([f"{models}:small", "--quick", "--threads", "1"]) == 0
+    assert "memory     not measured: it takes Linux" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are reset through /proc")
+def test_memory_before_and_after(models):
+    """The peer's distances of 4,096 rows to 4,096 codes are 67 MB; ours are never there."""
+    peaks = swapped_memory.measure(f"{models}:large", 1)
+    assert peaks.quantizers[0] > 60 and peaks.quantizers[1] < 20
+    assert peaks.step[0] - peaks.step[1] > 40
+    assert swapped_memory.measure(f"{models}:missing", 1) is None
+
+
+def test_the_calls_of_the_quantizers_are_recorded(models):
+    import importlib
+
+    model, inputs = importlib.import_module(models).small()
+    pair = Pair(Subject(model, (inputs,), lambda output: output[1]), _never)
+    before = {key: value.clone() for key, value in pair.theirs.state_dict().items()}
+    (call,) = pair.calls()
+    assert (call.path, call.method, call.indices) == ("0.quantizer", "forward", 64)
+    assert call.arguments[0].shape == (1, 8, 8, 8) and call.arguments[0].requires_grad
+    assert pair.differing([call]) == (0, 64)
+    for holder in (pair.theirs, pair.ours):
+        pair.alone(holder, [call])()
+        assert holder[0].quantizer.embedding.weight.grad.any()
+        assert "forward" not in holder[0].quantizer.__dict__ and holder[0].quantizer.training
+    assert all(value.equal(before[key]) for key, value in pair.theirs.state_dict().items())
+    with torch.no_grad():
+        pair.ours[0].quantizer.embedding.weight.mul_(-1)
+    assert pair.differing([call])[0] > 0
+
+
 def _never():
     raise AssertionError("a model that can be copied is not made twice")
 
@@ -157,12 +204,12 @@ def test_comparing_leaves_the_model_as_it_was(models):
 def test_differences_are_seen():
     a = {"x": torch.tensor([1.0, 4.0]), "n": torch.tensor([1, 2, 3]), "empty": torch.zeros(0)}
     b = {"x": torch.tensor([1.0, 5.0]), "n": torch.tensor([1, 0, 0]), "empty": torch.zeros(0)}
-    found = _difference(a, b)
+    found = difference(a, b)
     assert (found.floats, found.integers, found.of) == (0.25, 2, 3)
     assert str(found) == "2.5e-01 of the largest value, 2 of 3 integers differ"
     nan = torch.tensor([torch.nan, 1.0])
-    assert _difference(nan, nan).floats == 0
-    assert _difference(nan, torch.ones(2)).floats == float("inf")
+    assert difference(nan, nan).floats == 0
+    assert difference(nan, torch.ones(2)).floats == float("inf")
 
 
 def test_a_wrong_swap_is_seen():

@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +37,11 @@ def peak_above_inputs(case: Case, name: str) -> float:
     contenders = {one.name: one for one in CONTENDERS[case.kind]}
     small = Case(case.kind, 64, min(case.codebook_size, 16), case.dim, levels=case.levels)
     contenders[name].prepare(*small.data())()
-    call = contenders[name].prepare(*case.data())
+    return peak_of(contenders[name].prepare(*case.data()))
+
+
+def peak_of(call: Callable[[], Any]) -> float:
+    """MB at the peak of one call above what is resident before it; what it needs once must have been allocated."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     before = resident("VmRSS")
@@ -48,19 +54,26 @@ def peak_above_inputs(case: Case, name: str) -> float:
 
 def measure(jobs: list[Job], threads: int) -> dict[Job, float]:
     """MB by job, from one child process for all of them; a job that failed is missing. Empty where this cannot work."""
-    if not jobs or not os.access(_CLEAR, os.W_OK):
+    if not jobs:
         return {}
-    asked = json.dumps({"threads": threads, "jobs": [[vars(case), name] for case, name in jobs]})
+    asked = {"threads": threads, "jobs": [[vars(case), name] for case, name in jobs]}
+    return {jobs[number]: megabytes for number, megabytes in answers("vqkernels.bench.memory", asked)}
+
+
+def answers(module: str, asked: dict[str, Any]) -> list[Any]:
+    """The lists that `module`, run as a program that is asked for `asked["threads"]`, prints; none where peaks cannot
+    be measured."""
+    if not os.access(_CLEAR, os.W_OK):
+        return []
     done = subprocess.run(
-        [sys.executable, "-m", "vqkernels.bench.memory"],
-        input=asked,
+        [sys.executable, "-m", module],
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
-        env={**os.environ, **_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, **_ENVIRONMENT, "OMP_NUM_THREADS": str(asked["threads"])},
         check=False,
     )
-    found = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-    return {jobs[number]: megabytes for number, megabytes in found}
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
 def _child() -> None:

@@ -37,14 +37,19 @@ def share(source: nn.Module, target: nn.Module, *, apart: frozenset[str] = froze
     Args:
         apart: names of child modules that each of the two has for itself.
     """
-    for name, value in source.__dict__.items():
-        if name not in _OF_EVERY_MODULE:
-            target.__dict__[name] = value
+    share_attributes(source, target)
     for store in _STORES:
         mine, theirs = getattr(target, store), getattr(source, store)
         mine.update({name: value for name, value in theirs.items() if name not in apart})
     target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
     target.training = source.training
+
+
+def share_attributes(source: nn.Module, target: nn.Module) -> None:
+    """The attributes that are neither tensors nor modules, also those that a user has set."""
+    for name, value in source.__dict__.items():
+        if name not in _OF_EVERY_MODULE:
+            target.__dict__[name] = value
 
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -68,7 +73,7 @@ def check_unhooked(peer: nn.Module, *names: str) -> None:
         ValueError: names the child module.
     """
     for name in names:
-        if any(getattr(getattr(peer, name), hooks) for hooks in _CALLED):
+        if any(getattr(peer.get_submodule(name), hooks) for hooks in _CALLED):
             raise ValueError(f"its module '{name}' has hooks, which would not be called")
 
 

@@ -83,6 +83,8 @@ def swap_quantizers(model: nn.Module, *, strict: bool = False) -> Report:
     """
     _check_root(model, ADAPTERS)
     report, layers, places = Report(), {}, []
+    peers: list[nn.Module] = []
+    found: list[tuple[str, nn.Module, str, nn.Module]] = []
     for name, parent, key, peer in _children(model, ""):
         known = _known(peer)
         if known is None:
@@ -90,6 +92,10 @@ def swap_quantizers(model: nn.Module, *, strict: bool = False) -> Report:
         full_name, exact = known
         if id(peer) not in layers:
             layers[id(peer)] = _adopt(peer, full_name, exact)
+            peers.append(peer)
+        found.append((name, parent, key, peer))
+    _leave_joined(peers, layers)
+    for name, parent, key, peer in found:
         layer = layers[id(peer)]
         if isinstance(layer, str):
             report.append(Entry(name, _name(type(peer)), None, layer))
@@ -162,6 +168,21 @@ def _adopt(peer: nn.Module, full_name: str, exact: bool) -> nn.Module | str:
     share_hooks(peer, layer)
     layer.__dict__[_REPLACED] = peer
     return layer
+
+
+def _leave_joined(peers: list[nn.Module], layers: dict[int, nn.Module | str]) -> None:
+    """Leaves quantizers that share a part which our layers would each have for itself: they would learn apart."""
+    held: dict[int, list[tuple[nn.Module, str]]] = {}
+    for peer in peers:
+        layer = layers[id(peer)]
+        kept = set() if isinstance(layer, str) else {id(part) for part in layer.modules()}
+        for name, part in peer.named_modules():
+            if part is not peer and id(part) not in kept:
+                held.setdefault(id(part), []).append((peer, name))
+    for owners in held.values():
+        for peer, name in owners:
+            if len(owners) > 1 and not isinstance(layers[id(peer)], str):
+                layers[id(peer)] = f"its module '{name}' is part of another quantizer too"
 
 
 def _known(module: nn.Module) -> tuple[str, bool] | None:

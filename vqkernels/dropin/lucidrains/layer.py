@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..nn.checks import check_channels
-from ..nn.heads import Heads, Rows
-from ..nn.keep import keep
-from ..nn.lookup import look_up
-from ..nn.masks import row_mask, zero_masked
-from ..nn.normalisation import unit
-from ..nn.orthogonal import orthogonal_loss
-from ..ops.quantize import Quantization, quantize_with_statistics
-from ..ops.statistics import codebook_statistics
-from .lucidrains_logits import cross_entropy, draw_codes
-from .lucidrains_options import ConfiguredQuantizer, refuse
-from .lucidrains_rows import as_peer_rows, canonical, directional
+from ...nn.checks import check_channels
+from ...nn.heads import Heads, Rows
+from ...nn.keep import keep
+from ...nn.lookup import look_up
+from ...nn.masks import row_mask, zero_masked
+from ...nn.normalisation import unit
+from ...nn.orthogonal import orthogonal_loss
+from ...ops.quantize import Quantization, quantize_with_statistics
+from ...ops.statistics import codebook_statistics
+from .logits import cross_entropy, draw_codes
+from .options import ConfiguredQuantizer, refuse
+from .rows import as_peer_rows, canonical, directional
 
 
 class LossBreakdown(NamedTuple):

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..nn.checks import check_channels
-from ..nn.lookup import look_up
-from ..ops.quantize import quantize_with_statistics
+from ...nn.checks import check_channels
+from ...nn.lookup import look_up
+from ...ops.quantize import quantize_with_statistics
 
 
 class SimVQ(nn.Module):

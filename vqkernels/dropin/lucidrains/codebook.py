@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.draws import count_rows, hashed
-from ..nn.heads import Rows
-from ..nn.initialisation import sample_rows
-from ..nn.revival import Candidates, draw_candidates, draw_candidates_over_ranks
-from ..nn.synchronisation import one_hot_rank, sum_over_ranks, world_size
-from ..ops.kmeans import kmeans
-from ..ops.quantize import quantize_with_statistics
+from ...nn.draws import count_rows, hashed
+from ...nn.heads import Rows
+from ...nn.initialisation import sample_rows
+from ...nn.revival import Candidates, draw_candidates, draw_candidates_over_ranks
+from ...nn.synchronisation import one_hot_rank, sum_over_ranks, world_size
+from ...ops.kmeans import kmeans
+from ...ops.quantize import quantize_with_statistics
 
 TINY = 1e-6  # the norm below which the peer no longer scales to length one
 _DRAWS = 1 << 15  # the draws of 512 ranks add up exactly in float32

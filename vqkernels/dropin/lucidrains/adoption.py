@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lucidrains_layer import VectorQuantize
-from .lucidrains_options import refuse
-from .lucidrains_residual import GroupedResidualVQ, ResidualVQ
-from .lucidrains_simvq import SimVQ
+from ..adoption import check_unhooked, share_attributes
+from .layer import VectorQuantize
+from .options import refuse
+from .residual import GroupedResidualVQ, ResidualVQ
+from .simvq import SimVQ
 
 # Attributes of the peer's VectorQuantize that are arguments of the same name.
 _SAME_NAME = (
@@ -53,8 +54,8 @@ _OF_CODEBOOK = (
     "affine_param",
     "sample_codebook_temp",
 )
-# What a user may set on a layer while it trains.
-_SETTINGS = ("freeze_codebook", "commitment_weight", "orthogonal_reg_weight")
+# What a user may set on a codebook while it trains.
+_SETTINGS = ("decay", "eps", "threshold_ema_dead_code", "reset_cluster_size")
 
 
 def _options(peer: Any) -> dict[str, Any]:
@@ -95,18 +96,27 @@ def adopt_vector_quantize(peer: Any) -> VectorQuantize:
     Raises:
         ValueError: names the option that has no counterpart.
     """
+    projections = () if peer.has_projections else ("project_in", "project_out")
+    _check_unchanged(peer, "_codebook")
+    check_unhooked(peer, "_codebook", *projections)
+    if peer._codebook.training != peer.training:
+        raise ValueError("its module '_codebook' is in another training mode than the layer")
     options = _options(peer)
     with torch.device("meta"):  # neither memory nor random numbers
         ours = VectorQuantize(**options)
     ours.project_in, ours.project_out = peer.project_in, peer.project_out
     _share(peer._codebook, ours._codebook)
     ours._codebook._ready = bool(ours._codebook.initted)
+    share_attributes(peer, ours)
     ours.training = ours._codebook.training = peer.training
     return ours
 
 
 def adopt_residual_vq(peer: Any) -> ResidualVQ:
     """Our layer over the tensors of a `vector_quantize_pytorch.ResidualVQ`; errors as in `adopt_vector_quantize`."""
+    levels_of_peer = [f"layers.{number}" for number in range(len(peer.layers))]
+    _check_unchanged(peer, *levels_of_peer)
+    check_unhooked(peer, *levels_of_peer, *(() if peer.has_projections else ("project_in", "project_out")))
     beams = {"beam_size": peer.beam_size, "eval_beam_size": peer.eval_beam_size}
     levels = [adopt_vector_quantize(layer) for layer in peer.layers]
     with torch.device("meta"):
@@ -130,19 +140,24 @@ def adopt_residual_vq(peer: Any) -> ResidualVQ:
         for level in levels[1:]:
             level._codebook = levels[0]._codebook
     ours.project_in, ours.project_out = peer.project_in, peer.project_out
-    ours.training = ours.layers.training = peer.training
+    share_attributes(peer, ours)
+    ours.training, ours.layers.training = peer.training, peer.layers.training
     return ours
 
 
 def adopt_grouped_residual_vq(peer: Any) -> GroupedResidualVQ:
     """Our layer over the tensors of a `vector_quantize_pytorch.GroupedResidualVQ`; errors as in
     `adopt_vector_quantize`."""
+    names = [f"rvqs.{number}" for number in range(len(peer.rvqs))]
+    _check_unchanged(peer, *names)
+    check_unhooked(peer, *names)
     groups = [adopt_residual_vq(rvq) for rvq in peer.rvqs]
     shape = {"dim": peer.dim, "groups": peer.groups, "accept_image_fmap": peer.accept_image_fmap}
     with torch.device("meta"):
         ours = GroupedResidualVQ(**shape, num_quantizers=1, codebook_size=1)
     ours.rvqs = nn.ModuleList(groups)
-    ours.training = ours.rvqs.training = peer.training
+    share_attributes(peer, ours)
+    ours.training, ours.rvqs.training = peer.training, peer.rvqs.training
     return ours
 
 
@@ -159,47 +174,76 @@ def adopt_sim_vq(peer: Any) -> SimVQ:
             commitment_weight=peer.commitment_weight,
         )
     _share(peer, ours)
+    share_attributes(peer, ours)
     ours.training = peer.training
     return ours
 
 
 def release_vector_quantize(ours: Any, peer: Any) -> None:
-    """Gives the peer what our layer has learned, and its training mode."""
+    """Gives the peer what our layer has learned and what was set on it, and its training mode."""
     _share(ours._codebook, peer._codebook)
     for name in _SETTINGS:
-        setattr(peer, name, getattr(ours, name))
-    peer.train(ours.training)
+        setattr(peer._codebook, name, getattr(ours._codebook, name))
+    share_attributes(ours, peer)
+    peer.training = peer._codebook.training = ours.training
 
 
 def release_residual_vq(ours: Any, peer: Any) -> None:
     """As `release_vector_quantize`, for every level."""
     for level, layer in zip(ours.layers, peer.layers, strict=True):
         release_vector_quantize(level, layer)
-    peer.train(ours.training)
+    share_attributes(ours, peer)
+    peer.training, peer.layers.training = ours.training, ours.layers.training
 
 
 def release_grouped_residual_vq(ours: Any, peer: Any) -> None:
     """As `release_vector_quantize`, for every level of every group."""
     for group, rvq in zip(ours.rvqs, peer.rvqs, strict=True):
         release_residual_vq(group, rvq)
-    peer.train(ours.training)
+    share_attributes(ours, peer)
+    peer.training, peer.rvqs.training = ours.training, ours.rvqs.training
 
 
 def release_sim_vq(ours: Any, peer: Any) -> None:
-    """Gives the peer the frozen codebook where ours holds it now, and its training mode."""
+    """Gives the peer the frozen codebook where ours holds it now, what was set on ours, and its training mode."""
     _share(ours, peer)
-    peer.commitment_weight = ours.commitment_weight
-    peer.train(ours.training)
+    share_attributes(ours, peer)
+    peer.training = ours.training
+
+
+def _check_unchanged(peer: nn.Module, *names: str) -> None:
+    """Refuses a peer whose parts `names`, which ours replaces, are of a class of one's own or have their own forward.
+
+    Raises:
+        ValueError: names the part.
+    """
+    for name in names:
+        part = peer.get_submodule(name)
+        if not type(part).__module__.startswith(f"{_PACKAGE}."):
+            raise ValueError(f"its module '{name}' is a {type(part).__qualname__} of your own")
+        if part.__dict__.get("forward") is not None or part.__dict__.get("_compiled_call_impl") is not None:
+            raise ValueError(f"the forward of its module '{name}' is replaced or compiled")
+
+
+def _check_tensors(peer: nn.Module, ours: nn.Module) -> None:
+    """Every tensor that the peer saves is saved by ours: what a user has added to the peer is not lost unseen."""
+    mine = ours.state_dict(keep_vars=True)
+    for name, tensor in peer.state_dict(keep_vars=True).items():
+        if mine.get(name) is not tensor:
+            raise ValueError(f"its tensor '{name}' is none that the class has")
 
 
 def _of_known_version(adopt: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-    """A layer of a version that has not an option which 1.32 has is refused like an option that we have not."""
+    """A layer of a version that has not an option which 1.32 has is refused like an option that we have not; so is one
+    to which a tensor was added."""
 
     def adopt_known(peer: nn.Module) -> nn.Module:
         try:
-            return adopt(peer)
+            ours = adopt(peer)
         except AttributeError as error:
             raise ValueError(f"this version of vector-quantize-pytorch is not known here: {error}") from error
+        _check_tensors(peer, ours)
+        return ours
 
     return adopt_known
 

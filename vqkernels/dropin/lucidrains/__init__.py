@@ -6,9 +6,9 @@
 dicts. An option without a counterpart is refused by name, never ignored.
 """
 
-from .lucidrains_adoption import ADAPTERS, RELEASERS
-from .lucidrains_layer import LossBreakdown, VectorQuantize
-from .lucidrains_residual import GroupedResidualVQ, ResidualVQ
-from .lucidrains_simvq import SimVQ
+from .adoption import ADAPTERS, RELEASERS
+from .layer import LossBreakdown, VectorQuantize
+from .residual import GroupedResidualVQ, ResidualVQ
+from .simvq import SimVQ
 
 __all__ = ["ADAPTERS", "RELEASERS", "GroupedResidualVQ", "LossBreakdown", "ResidualVQ", "SimVQ", "VectorQuantize"]

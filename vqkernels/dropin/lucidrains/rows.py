@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..nn.heads import Heads, Rows
-from ..nn.normalisation import unit
+from ...nn.heads import Heads, Rows
+from ...nn.normalisation import unit
 
 
 def canonical(values: Tensor, rows: Rows, heads: Heads | None = None) -> Tensor:

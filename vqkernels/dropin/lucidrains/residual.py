@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.lookup import look_up
-from ..nn.synchronisation import sum_over_ranks, world_size
-from .lucidrains_layer import VectorQuantize
-from .lucidrains_options import refuse
-from .lucidrains_rows import directional
+from ...nn.lookup import look_up
+from ...nn.synchronisation import sum_over_ranks, world_size
+from .layer import VectorQuantize
+from .options import refuse
+from .rows import directional
 
 
 def _dropout_seed(device: torch.device) -> int:

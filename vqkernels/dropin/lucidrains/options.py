@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lucidrains_codebook import Codebook
+from .codebook import Codebook
 
 
 def refuse(**options: Any) -> None:
