@@ -186,6 +186,17 @@ def test_the_calls_of_the_quantizers_are_recorded(models):
     assert pair.differing([call])[0] > 0
 
 
+def test_recording_leaves_a_moving_codebook_where_it_was():
+    lucidrains = pytest.importorskip("vector_quantize_pytorch")
+    model = nn.Sequential(nn.Linear(4, 8), lucidrains.VectorQuantize(dim=8, codebook_size=16))
+    pair = Pair(Subject(model, (torch.randn(2, 30, 4),), lambda output: output[2]), _never)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    (call,) = pair.calls()
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    pair.alone(pair.theirs, [call])()
+    assert not model[1].codebook.equal(before["1._codebook.embed"][0])
+
+
 def _never():
     raise AssertionError("a model that can be copied is not made twice")
 
