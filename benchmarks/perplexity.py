@@ -26,7 +26,7 @@ import vqkernels
 from vqkernels.models import VQVAE
 from vqkernels.nn import VectorQuantizer
 from vqkernels.nn.metrics import perplexity
-from vqkernels.training.image_folder import read_folder
+from vqkernels.training.data import load_images
 
 CODE_DIM, HIDDEN, BATCH, LEARNING_RATE = 64, 64, 64, 3e-4
 RECOMMENDED = dict(ema_decay=0.99, init="kmeans", revive="rows")  # the README's recommended settings
@@ -178,10 +178,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    folder = read_folder(options.images, "rgb")
-    if folder.test is None:
+    data = load_images(str(options.images), color="rgb", held_out=0.0)
+    if not len(data.held_out):
         parser.error(f"{options.images} has no test/ beside train/")
-    records = [train(name, folder.train.pixels, folder.test.pixels, options) for name in options.contenders]
+    records = [train(name, data.train.pixels, data.held_out.pixels, options) for name in options.contenders]
     result = {
         "torch": torch.__version__,
         "vqkernels": vqkernels.__version__,

@@ -30,8 +30,9 @@ from vqkernels.cli.train import train_interruptibly
 from vqkernels.models import VQVAE, PixelCNN
 from vqkernels.training.checkpoint import holds_run
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
-from vqkernels.training.data import ImageData, ImageSet
+from vqkernels.training.data import ImageData
 from vqkernels.training.evaluation import DigitJudge, Figure
+from vqkernels.training.images import ImageSet
 from vqkernels.training.pictures import image_grid, save_png
 from vqkernels.training.stages import CHUNK, decode, draw_codes, encode
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from vqkernels import swap_quantizers
 from vqkernels.bench import machine
 from vqkernels.models import VQVAE
-from vqkernels.training.image_folder import read_folder
+from vqkernels.training.data import load_images
 
-HIDDEN, CODE_DIM, LEARNING_RATE = 64, 64, 3e-4
+HIDDEN, CODE_DIM, LEARNING_RATE = 64, 64, 1e-4
 FIRST, LAST = 5, 20  # steps over which the start is compared, and the end is averaged
 
 
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--codebook-size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    images = read_folder(options.images, "rgb").train.pixels
+    images = load_images(str(options.images), color="rgb", held_out=0.0).train.pixels
     records = []
     for name in options.peers:
         theirs, ours = train(name, images, options), train(name, images, options, swapped=True)

@@ -13,7 +13,8 @@ from benchmarks import prior_quality
 from vqkernels.cli.demo import demo_config
 from vqkernels.models import PixelCNN
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
-from vqkernels.training.data import ImageData, ImageSet
+from vqkernels.training.data import ImageData
+from vqkernels.training.images import ImageSet
 from vqkernels.training.pictures import image_grid
 
 SHADES = torch.tensor([0, 127, 255], dtype=torch.uint8)
