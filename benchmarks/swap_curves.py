@@ -22,7 +22,7 @@ from vqkernels.bench import machine
 from vqkernels.models import VQVAE
 from vqkernels.training.data import load_images
 
-HIDDEN, CODE_DIM, LEARNING_RATE = 64, 64, 1e-4
+HIDDEN, CODE_DIM, LEARNING_RATE = 64, 64, 3e-4
 FIRST, LAST = 5, 20  # steps over which the start is compared, and the end is averaged
 
 
