@@ -180,7 +180,7 @@ def entropy_loss(
     check_choice("metric", metric, METRICS)
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
-    if not isinstance(temperature, float | int) or not 0 < temperature < math.inf:
+    if type(temperature) is bool or not isinstance(temperature, float | int) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
     chosen = registry.resolve(backend, z.device)
     sample, whole = _EntropyLoss.apply(z, codebook, mask, channel_dim, metric, float(temperature), chosen)[:2]
