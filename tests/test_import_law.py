@@ -30,9 +30,11 @@ DRAWN = {
     "ops/sample": {"ops/checks", "ops/nearest", "ops/registration"},
     "ops/snapshot": {"ops/registration"},
     "verification/attack": {"verification/adversaries"},
+    "verification/entropy": {"verification/adversaries", "verification/place"},
     "verification/residual": {"verification/adversaries", "verification/place"},
     "verification/suite": {
         "verification/adversaries",
+        "verification/entropy",
         "verification/layouts",
         "verification/place",
         "verification/residual",

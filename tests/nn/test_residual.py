@@ -348,6 +348,11 @@ def test_bad_arguments_are_one_clear_sentence(arguments, message):
         ResidualVectorQuantizer(**(dict(dim=8, codebook_size=4, levels=2) | arguments))
 
 
+def test_one_group_has_no_axis_of_its_own():
+    indices, losses = GroupedResidualVectorQuantizer(8, 4, 3, 1)(torch.randn(5, 8))[1:]
+    assert indices.shape == (5, 3) and losses.shape == (3,)
+
+
 def test_bad_calls_are_one_clear_sentence():
     layer = GroupedResidualVectorQuantizer(8, 4, 3, 2)
     z = torch.randn(5, 8)

@@ -291,7 +291,7 @@ def test_the_fallback_builds_no_matrix_and_waits_for_nothing():
 
 def test_bad_input_is_one_sentence():
     z, codebook = torch.randn(10, 3), torch.randn(4, 3)
-    for bad in (0, -1.0, float("nan"), float("inf"), "1"):
+    for bad in (0, -1.0, float("nan"), float("inf"), "1", True):
         with pytest.raises(ValueError, match="temperature must be a positive finite number, got"):
             vq.entropy_loss(z, codebook, bad)
     with pytest.raises(ValueError, match="metric must be one of 'euclidean', 'dot', got 'cosine'"):

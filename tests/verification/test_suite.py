@@ -8,7 +8,7 @@ import torch
 
 from vqkernels.backends import gpu, verified
 from vqkernels.cli import verify as command
-from vqkernels.ops import nearest, quantize, residual, sample, statistics
+from vqkernels.ops import entropy, nearest, quantize, residual, sample, statistics
 from vqkernels.verification.suite import CLAIMS, poisoned_memory, verify
 
 CPU = torch.device("cpu")
@@ -65,6 +65,10 @@ def unshifted_rows(results, *arguments):
     return sample.sample.eager(*arguments[:7], 0)
 
 
+def lowered_entropy(results, *_):
+    return [results[0] * 0.99, *results[1:]]
+
+
 def halved_gradient(results, *_):
     return [results[0], results[1] / 2]
 
@@ -75,6 +79,8 @@ def halved_gradient(results, *_):
         (nearest, "nearest", highest_tie, "index equals the contract's, common sizes"),
         (quantize, "quantize", unwritten_row, "looked-up values and losses"),
         (residual, "residual_quantize", swapped_level, "indices of every level, sums and statistics"),
+        (entropy, "entropy", lowered_entropy, "both entropies, masked rows unread"),
+        (entropy, "entropy_backward", halved_gradient, "gradients of the entropies equal the reference's"),
         (quantize, "lookup", next_code, "given indices give the bits of the search"),
         (sample, "sample", unshifted_rows, "draws follow their scores and the noise"),
         (statistics, "statistics", lost_row, "counts exact, sums to rounding"),

@@ -2,7 +2,8 @@
 
 Logits are one matrix product per block, of rows and codes from which the codes' mean was subtracted, in float32
 (float64 where an input is, or where products are narrower than float32); sums over blocks are float64. Alive at once
-are a few blocks of `_BLOCK_ELEMENTS` logits, never N x K. Nothing synchronises with the device.
+are a few blocks of `_BLOCK_ELEMENTS` logits, never N x K. Nothing synchronises with the device, so nothing asks whether
+logits leave float32's range, beyond 3e38: such rows get NaN here, where the C++ kernel computes them in float64.
 """
 
 from typing import NamedTuple

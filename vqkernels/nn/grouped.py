@@ -13,7 +13,7 @@ class GroupedResidualVectorQuantizer(ResidualVectorQuantizer):
         groups: G, at least 1.
         options: the other arguments of `ResidualVectorQuantizer`.
 
-    `forward` gives indices `(..., G, Q)` and losses `(G, Q)`, also of the docstring there.
+    `forward` gives indices `(..., G, Q)` and losses `(G, Q)`; with one group there is no axis G, as there.
     """
 
     def __init__(self, dim: int, codebook_size: int, levels: int, groups: int, **options: Any) -> None:

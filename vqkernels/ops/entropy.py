@@ -171,7 +171,8 @@ def entropy_loss(
 
     A row with a NaN or an infinity makes both entropies NaN, gets a NaN gradient itself and gives nothing to the
     codebook's; a code with one has probability 0 and gradient 0. With no rows, entropies and gradients are 0.
-    Deterministic to the bit on the CPU, whatever the threads.
+    Deterministic to the bit on the CPU, whatever the threads. Logits beyond 3e38 are computed in float64 on the CPU, and
+    give NaN elsewhere unless an input is float64.
 
     Raises:
         TypeError, ValueError: one sentence that names the argument, what was expected and what came.
@@ -180,7 +181,7 @@ def entropy_loss(
     check_choice("metric", metric, METRICS)
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
-    if not isinstance(temperature, float | int) or not 0 < temperature < math.inf:
+    if type(temperature) is bool or not isinstance(temperature, float | int) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
     chosen = registry.resolve(backend, z.device)
     sample, whole = _EntropyLoss.apply(z, codebook, mask, channel_dim, metric, float(temperature), chosen)[:2]

@@ -24,7 +24,7 @@ from ..ops.nearest import nearest_code
 from ..ops.quantize import quantize_with_statistics, vector_quantize
 from ..ops.sample import sample_code
 from ..ops.statistics import codebook_statistics
-from . import residual
+from . import entropy, residual
 from .adversaries import ADVERSARIES
 from .layouts import LAYOUTS, flat, flat_rows
 from .place import REGIMES, Case, Place, close
@@ -285,6 +285,8 @@ CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
     ("backward", "a poisoned row harms itself alone", poisoned_rows_stay_alone),
     ("residual", "indices of every level, sums and statistics", residual.values),
     ("residual", "gradients of every level equal the reference's", residual.gradients),
+    ("entropy", "both entropies, masked rows unread", entropy.values),
+    ("entropy", "gradients of the entropies equal the reference's", entropy.gradients),
     ("all", "same bits when repeated", repeated_bits),
 )
 
