@@ -171,8 +171,8 @@ def entropy_loss(
 
     A row with a NaN or an infinity makes both entropies NaN, gets a NaN gradient itself and gives nothing to the
     codebook's; a code with one has probability 0 and gradient 0. With no rows, entropies and gradients are 0.
-    Deterministic to the bit on the CPU, whatever the threads. Logits beyond 3e38 are computed in float64 on the CPU, and
-    give NaN elsewhere unless an input is float64.
+    Deterministic to the bit on the CPU, whatever the threads. Logits beyond 3e38 are computed in float64 there;
+    elsewhere they give NaN, unless an input is float64.
 
     Raises:
         TypeError, ValueError: one sentence that names the argument, what was expected and what came.
