@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("sklearn")  # the environment of the Triton tests has none
+
 from benchmarks import prior_quality
 from vqkernels.cli.demo import demo_config
 from vqkernels.models import PixelCNN
