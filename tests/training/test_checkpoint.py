@@ -1,6 +1,8 @@
 """The run directory: atomic writes, what counts as a run, damaged files, the lock."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +152,29 @@ def test_one_process_at_a_time(tmp_path):
     first.release()
     second.acquire()
     second.release()
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
+    write_atomically(tmp_path / "x", lambda file: file.write(b"old"))
+
+    def fill(file):
+        file.write(b"ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="the disk is full: .*x cannot be written, and is as it was before"):
+        write_atomically(tmp_path / "x", fill)
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_real_full_device_is_told_alike(tmp_path):
+    """The error of the operating system itself, when what was written is flushed."""
+
+    def write(file):
+        with open("/dev/full", "wb") as full:
+            full.write(b"x" * 10_000)
+
+    with pytest.raises(UserError, match="the disk is full"):
+        write_atomically(tmp_path / "x", write)
+    assert not list(tmp_path.iterdir())

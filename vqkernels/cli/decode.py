@@ -1,19 +1,19 @@
 """`vqkernels decode`: the images of encoded codes, as one .npy file or a folder of PNGs."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import numpy as np
 import torch
 import tyro
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from torch import Tensor
 from tqdm import tqdm
 
 from vqkernels.models import VQVAE
 from vqkernels.training.build import load_vqvae, pick_device
+from vqkernels.training.checkpoint import write_atomically
 from vqkernels.training.codes import CodesDirectory, fingerprint
 from vqkernels.training.errors import UserError
 from vqkernels.training.pictures import save_png
@@ -61,15 +61,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def _to_array(vqvae: VQVAE, codes: CodesDirectory, out: Path, device: torch.device) -> None:
     channels, height, width = codes.index.shape
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shape = (codes.index.images, height, width, channels)
-    array = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-    start = 0
-    for images, _ in _pieces(vqvae, codes, device):
-        array[start : start + len(images)] = images.permute(0, 2, 3, 1).numpy()
-        start += len(images)
-    array.flush()
-    os.replace(temporary, out)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (codes.index.images, height, width, channels)}
+
+    def write(file: BinaryIO) -> None:
+        write_array_header_1_0(file, header)
+        for images, _ in _pieces(vqvae, codes, device):
+            file.write(images.permute(0, 2, 3, 1).contiguous().numpy().data)
+
+    write_atomically(out, write)
 
 
 def _to_folder(vqvae: VQVAE, codes: CodesDirectory, out: Path, device: torch.device) -> None:

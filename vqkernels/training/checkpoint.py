@@ -12,6 +12,7 @@ leaves the old file or the new one. `state.pt` goes first. Nobody needs both fil
 exports again if the process died between the two; sampling reads `model.safetensors` only, which holds both models.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -51,13 +52,23 @@ class Export(NamedTuple):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace a file by what `write` writes; a reader sees the old content or the new one, never a part."""
+    """Replace a file by what `write` writes; a reader sees the old content or the new one, never a part.
+
+    Raises:
+        UserError: the disk is full; the old content is still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(f"the disk is full: {path} cannot be written, and is as it was before") from error
+        raise
     if os.name == "posix":  # the new name itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
