@@ -60,6 +60,7 @@ def test_damage_is_one_sentence(tmp_path):
         (gzip.compress(whole[:-1]), "must unpack to 96 bytes, but has less"),
         (gzip.compress(whole + b"!"), "but has more"),
         (gzip.compress(whole)[:-9], "cannot be read"),
+        (gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 2**16, 2**8, 2**9)), f"more than the {2**32} that are read"),
     ):
         zipped.write_bytes(content)
         with pytest.raises(UserError, match=sentence):
