@@ -83,7 +83,8 @@ class RunConfig:
     """Everything that determines a run."""
 
     data: str
-    """'digits', a folder of images (sub-folders are classes), an .npz or .npy file, IDX files, or CIFAR-10 batches."""
+    """'digits', a folder of images (sub-folders are classes), an .npz or .npy file, IDX files, CIFAR-10 batches, or
+    hf:NAME (hf:NAME:SPLIT) through the datasets library, NAME of the hub or a path."""
     color: Literal["auto", "grey", "rgb", "rgba"] = "auto"
     """auto: grey if every image is, else rgb."""
     held_out: float = 0.1
