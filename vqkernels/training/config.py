@@ -143,6 +143,10 @@ class RunConfig:
         mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
         return [name for name in mine if mine[name] != theirs[name]]
 
+    def value(self, name: str) -> Any:
+        """The value of a dotted name."""
+        return _flat(dataclasses.asdict(self))[name]
+
     def to_toml(self) -> str:
         return tomli_w.dumps({"format": FORMAT, **_without_none(dataclasses.asdict(self))})
 

@@ -24,7 +24,8 @@ from vqkernels.training.build import build_prior, build_vqvae, check_backend, pi
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData, load_images
-from vqkernels.training.errors import UserError
+from vqkernels.training.divergence import LossWatch, is_finite, save_diverged
+from vqkernels.training.errors import DiskFull, Diverged, UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
 from vqkernels.training.ranks import Ranks, joined
@@ -63,7 +64,9 @@ def train(
         should_stop: asked after every step; True writes a checkpoint and ends the training there.
 
     Raises:
-        UserError: the configuration, the data or the directory is not as it should be, or the loss is no longer finite.
+        UserError: the configuration, the data or the directory is not as it should be.
+        Diverged: the loss or a weight is no longer finite; the batch that did it is saved.
+        DiskFull: a checkpoint could not be written; the one before is whole.
     """
     with joined(pick_device(config.device)) as ranks:
         return _train(config, out, stage, resume, progress, should_stop, ranks)
@@ -188,12 +191,16 @@ class _Session:
             leave=False,
         )
         stopped, since, images_seen = False, time.perf_counter(), 0
+        watch = LossWatch(self.device)
         try:
             while step < steps and not stopped:
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * _schedule(config.schedule, step, steps)
                 indices = batches.indices(step)
                 loss, metrics = stage.loss(self.ranks.share(indices))
+                watch.see(step + 1, loss)
+                if self.device.type == "cpu" and self.ranks.number == 1:  # elsewhere asking means to wait
+                    self._check_finite(watch, stage, batches, step + 1)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -205,7 +212,7 @@ class _Session:
                 if logged or checkpoint:
                     values = {"loss": float(loss.detach()), **{name: float(value) for name, value in metrics.items()}}
                     values = self.ranks.mean(values)
-                    self._check_finite(values["loss"], stage, step)
+                    self._check_finite(watch, stage, batches, step, weights=checkpoint)
                     if logged and log is not None:
                         now = time.perf_counter()
                         rate, since, images_seen = images_seen / (now - since), now, 0
@@ -233,7 +240,10 @@ class _Session:
 
     def _draw(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
         for name, grid in stage.pictures().items():
-            save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
+            try:
+                save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
+            except DiskFull as error:  # a picture is not worth the checkpoint that follows it
+                tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
             log.picture(step, name, grid)
 
     def _save(self, stage: TrainingStage, step: int, optimizer: torch.optim.Optimizer, log: MetricsLog | None) -> None:
@@ -249,15 +259,33 @@ class _Session:
             "random": random,
             "metrics_length": 0 if log is None else log.sync(),
         }
-        if self.ranks.first:
-            self.run.save(self.state, self.images)
+        state = self.state
+        self.ranks.on_first(lambda: self.run.save(state, self.images))
 
-    def _check_finite(self, loss: float, stage: TrainingStage, step: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of the {stage.name} is {loss} at step {step}; the last checkpoint in {self.run.path} is "
-                "untouched, try a lower learning rate in a new run"
+    def _check_finite(
+        self, watch: LossWatch, stage: TrainingStage, batches: Batches, step: int, *, weights: bool = False
+    ) -> None:
+        """Raise Diverged if a loss was not finite, or (when asked) a weight is not: no such checkpoint is written."""
+        seen = watch.first()
+        first = None if seen is None else (seen[0], "loss", seen[1])
+        if first is None and weights and not is_finite(stage.model):
+            first = step, "weight", math.nan
+        if not self.ranks.any(first is not None):
+            return
+        where, what, value = min(found for found in self.ranks.gather(first) if found is not None)
+
+        def tell() -> None:
+            batch = stage.batch(batches.indices(where - 1))
+            saved = save_diverged(self.run.path, self.config, stage.name, where, value, batch, stage.model.state_dict())
+            kept = "there is no checkpoint yet"
+            if self.state is not None:
+                kept = f"the last checkpoint ({self.state['stage']} step {self.state['step']}) is untouched"
+            raise Diverged(
+                f"{'the' if what == 'loss' else 'a'} {what} of the {stage.name} is {value} at step {where}; {saved}, "
+                f"and {kept}; try a lower learning rate in a new run"
             )
+
+        self.ranks.on_first(tell)
 
 
 def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, out: Path, stage: str) -> None:
@@ -271,7 +299,8 @@ def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, 
         or (prior_begun and name == "vqvae.steps")
     ]
     if changed:
-        raise UserError(f"the run {out} was begun with another {' and '.join(changed)}; a resumed run cannot change it")
+        both = [f"{name} ({before.value(name)}, now {config.value(name)})" for name in changed]
+        raise UserError(f"the run {out} was begun with another {' and '.join(both)}; a resumed run cannot change it")
     if state["data"] != data.fingerprint():
         raise UserError(f"the images of {config.data} are not those that the run {out} was begun with")
     if stage == "vqvae" and prior_begun:

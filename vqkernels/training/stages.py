@@ -39,6 +39,9 @@ class TrainingStage(Protocol):
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of training images, and metrics of it (0-d tensors)."""
 
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """What these indices stand for, by name."""
+
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out images; empty if there are none."""
 
@@ -63,6 +66,9 @@ class VQVAEStage:
             "quantization": losses.quantization.detach(),
             "perplexity": self.model.quantizer.perplexity,
         }
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        return _batch(self.data.train, indices)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -114,6 +120,9 @@ class PriorStage:
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self._cross_entropy(self.forward, self.train_codes, self.data.train.labels, indices)
         return loss, {"perplexity": loss.detach().exp()}
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        return {**_batch(self.data.train, indices), "codes": self.train_codes[indices]}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -211,6 +220,12 @@ def draw(
 ) -> Tensor:
     """Images (count, C, H, W) in [-1, 1], drawn from the prior for labels (count,) and decoded."""
     return decode(vqvae, draw_codes(vqvae, prior, size, count, labels=labels, generator=generator), size)
+
+
+def _batch(images: ImageSet, indices: Tensor) -> dict[str, Tensor]:
+    part = images.select(indices)
+    labels = {} if part.labels is None else {"labels": part.labels}
+    return {"indices": indices, "pixels": part.pixels, **labels}
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -26,7 +26,7 @@ def encode_shards(
     ranks: int = 1,
     encoded: Callable[[int], object] = lambda count: None,
 ) -> int:
-    """Writes the missing shards, of `ranks` processes those that fall to this one; memory is that of one shard.
+    """Writes what is missing or damaged, of `ranks` processes what falls to this one; memory is that of one shard.
 
     Args:
         vqvae: in eval mode, on the device.
@@ -35,7 +35,7 @@ def encode_shards(
     Returns:
         How many images were encoded here.
     """
-    mine = [shard for shard in out.missing() if shard % ranks == rank]
+    mine = [shard for shard in sorted({*out.missing(), *out.damaged()}) if shard % ranks == rank]
     pieces = [(shard, start) for shard in mine for start in range(*out.index.bounds(shard), CHUNK)]
     count, codes, labels = 0, [], []
     for (shard, start), images in zip(pieces, _ahead(source, out, pieces), strict=True):
