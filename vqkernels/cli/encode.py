@@ -21,7 +21,7 @@ from vqkernels.training.tokenization import encode_shards
 
 @dataclass(frozen=True)
 class EncodeArguments:
-    """Encode images into codes. Run it again to continue; under torchrun the processes share the work."""
+    """Encode images into codes. Run it again to continue; under 'torchrun ... -m vqkernels -- encode' it is shared."""
 
     run: Path
     """The run directory of a trained VQ-VAE."""

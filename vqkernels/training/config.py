@@ -23,6 +23,7 @@ else:
 
 Schedule = Literal["constant", "cosine"]
 Stage = Literal["vqvae", "prior"]
+Parallel = Literal["ddp", "fsdp"]
 PriorModel = Literal["pixelcnn", "transformer"]
 FORMAT = "vqkernels-run-1"
 
@@ -94,6 +95,8 @@ class RunConfig:
     """auto: cuda if there is one, else cpu."""
     backend: str = "auto"
     """Who computes the quantization; see 'vqkernels info'."""
+    parallel: Parallel = "ddp"
+    """What processes under torchrun share: ddp, the batch; fsdp, the batch, the weights and the optimizer's state."""
     log_every: int = 50
     """Steps between lines of metrics."""
     checkpoint_every: int = 1000
@@ -124,6 +127,12 @@ class RunConfig:
             _at_least(1, self.vqvae, "residual_channels", prefix="vqvae.")
         if self.vqvae.ema_decay is not None and not 0 <= self.vqvae.ema_decay < 1:
             raise UserError(f"vqvae.ema_decay must be at least 0 and less than 1, but is {self.vqvae.ema_decay}")
+        from_data = self.vqvae.init == "kmeans" or self.vqvae.revive == "rows"
+        if self.parallel == "fsdp" and self.vqvae.ema_decay is None and from_data:
+            raise UserError(
+                "parallel fsdp drops what a step writes into a codebook that is trained by its loss: set "
+                "vqvae.ema_decay, such as 0.99, or leave vqvae.init and vqvae.revive at uniform and off"
+            )
         _at_least(1, self.prior, "num_layers", "head_channels", "num_heads", prefix="prior.")
         if self.prior.model == "transformer" and self.prior.hidden_channels % self.prior.num_heads:
             raise UserError(

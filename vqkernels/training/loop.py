@@ -29,10 +29,21 @@ from vqkernels.training.errors import DiskFull, Diverged, UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
 from vqkernels.training.ranks import Ranks, joined
+from vqkernels.training.sharding import is_sharded, load_optimizer, whole_optimizer, whole_weights
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 
 # what may be changed when a run is resumed; the data may move, but its images must be the same
-FREE = {"data", "device", "backend", "log_every", "checkpoint_every", "picture_every", "vqvae.steps", "prior.steps"}
+FREE = {
+    "data",
+    "device",
+    "backend",
+    "parallel",
+    "log_every",
+    "checkpoint_every",
+    "picture_every",
+    "vqvae.steps",
+    "prior.steps",
+}
 
 
 class Trained(NamedTuple):
@@ -164,19 +175,19 @@ class _Session:
     def run_stage(self, stage: TrainingStage) -> bool:
         """Train what is left of a stage; False if stopped."""
         config, steps = stage.config, stage.config.steps
-        optimizer = torch.optim.Adam(stage.model.parameters(), lr=config.learning_rate)
-        step = 0
+        step, state = 0, self.state if self.state is not None and self.state["stage"] == stage.name else None
         if self.ranks.number > 1:  # as many streams of random numbers as processes
             torch.manual_seed(torch.initial_seed() + 1000 * self.ranks.rank)
-        if self.state is not None and self.state["stage"] == stage.name:
-            step = self.state["step"]
-            stage.model.load_state_dict(self.state[stage.name])
-            optimizer.load_state_dict(self.state["optimizer"])
-            states = self.state["random"]
-            if self.ranks.rank < len(states):
-                _set_random_state(states[self.ranks.rank], self.device)
+        if state is not None:
+            step = state["step"]
+            stage.model.load_state_dict(state[stage.name])
         stage.model.train()
-        stage.forward = self.ranks.wrap(stage.model)
+        stage.forward = self.ranks.wrap(stage.model, self.config.parallel)
+        optimizer = torch.optim.Adam(stage.forward.parameters(), lr=config.learning_rate)
+        if state is not None:
+            load_optimizer(optimizer, state["optimizer"])
+            if self.ranks.rank < len(state["random"]):
+                _set_random_state(state["random"][self.ranks.rank], self.device)
         batches = Batches(len(self.data.train), config.batch_size, self.config.seed)
         length = 0 if self.state is None else self.state["metrics_length"]
         log = None
@@ -218,18 +229,29 @@ class _Session:
                         rate, since, images_seen = images_seen / (now - since), now, 0
                         log.write(step, {**values, "images_per_second": round(rate, 1)})
                         bar.set_postfix_str(_summary({**values, "images/s": rate}))
+                drawn = last or step % self.config.picture_every == 0
+                if checkpoint or drawn:
+                    self._collect(stage)
                 if checkpoint and (last or not stopped) and log is not None:
                     self._evaluate(stage, step, log)
-                if (last or step % self.config.picture_every == 0) and log is not None:
+                if drawn and log is not None:
                     self._draw(stage, step, log)
                 if checkpoint:
                     self._save(stage, step, optimizer, log)
+                if is_sharded(stage.forward):
+                    stage.model.cpu()
         finally:
             bar.close()
             if log is not None:
                 log.close()
-            stage.forward = stage.model
+            stage.forward = stage.model.to(self.device)
         return not stopped
+
+    def _collect(self, stage: TrainingStage) -> None:
+        """Bring what the processes hold in parts into the whole model, so that it can be looked at."""
+        if is_sharded(stage.forward):
+            stage.model.load_state_dict(whole_weights(stage.forward))
+            stage.model.to(self.device)
 
     def _evaluate(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
         values = stage.evaluate()
@@ -255,7 +277,7 @@ class _Session:
             "step": step,
             "vqvae": self.vqvae.state_dict(),
             "prior": stage.model.state_dict() if stage.name == "prior" else {},
-            "optimizer": optimizer.state_dict(),
+            "optimizer": whole_optimizer(optimizer),
             "random": random,
             "metrics_length": 0 if log is None else log.sync(),
         }
@@ -268,14 +290,15 @@ class _Session:
         """Raise Diverged if a loss was not finite, or (when asked) a weight is not: no such checkpoint is written."""
         seen = watch.first()
         first = None if seen is None else (seen[0], "loss", seen[1])
-        if first is None and weights and not is_finite(stage.model):
+        if first is None and weights and not is_finite(stage.forward):
             first = step, "weight", math.nan
         if not self.ranks.any(first is not None):
             return
         where, what, value = min(found for found in self.ranks.gather(first) if found is not None)
+        self._collect(stage)
 
         def tell() -> None:
-            batch = stage.batch(batches.indices(where - 1))
+            batch = self._batch(stage, batches.indices(where - 1))
             saved = save_diverged(self.run.path, self.config, stage.name, where, value, batch, stage.model.state_dict())
             kept = "there is no checkpoint yet"
             if self.state is not None:
@@ -286,6 +309,11 @@ class _Session:
             )
 
         self.ranks.on_first(tell)
+
+    def _batch(self, stage: TrainingStage, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        images, codes = self.data.train.select(indices), getattr(stage, "train_codes", None)
+        named = {"pixels": images.pixels, "labels": images.labels, "codes": None if codes is None else codes[indices]}
+        return {"indices": indices, **{name: x for name, x in named.items() if x is not None}}
 
 
 def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, out: Path, stage: str) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,6 @@ class TrainingStage(Protocol):
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of training images, and metrics of it (0-d tensors)."""
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """What these indices stand for, by name."""
-
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out images; empty if there are none."""
 
@@ -60,15 +57,13 @@ class VQVAEStage:
         self.held_out = data.held_out.select(_spread(len(data.held_out), EVALUATED))
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        trained: Any = getattr(self.forward, "module", self.forward)  # DDP keeps the model there; FSDP2 trains a copy
         _, _, losses = self.forward(self.data.train.batch(indices, self.device))
         return losses.total, {
             "reconstruction": losses.reconstruction.detach(),
             "quantization": losses.quantization.detach(),
-            "perplexity": self.model.quantizer.perplexity,
+            "perplexity": trained.quantizer.perplexity,
         }
-
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        return _batch(self.data.train, indices)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -120,9 +115,6 @@ class PriorStage:
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self._cross_entropy(self.forward, self.train_codes, self.data.train.labels, indices)
         return loss, {"perplexity": loss.detach().exp()}
-
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        return {**_batch(self.data.train, indices), "codes": self.train_codes[indices]}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -220,12 +212,6 @@ def draw(
 ) -> Tensor:
     """Images (count, C, H, W) in [-1, 1], drawn from the prior for labels (count,) and decoded."""
     return decode(vqvae, draw_codes(vqvae, prior, size, count, labels=labels, generator=generator), size)
-
-
-def _batch(images: ImageSet, indices: Tensor) -> dict[str, Tensor]:
-    part = images.select(indices)
-    labels = {} if part.labels is None else {"labels": part.labels}
-    return {"indices": indices, "pixels": part.pixels, **labels}
 
 
 def _chunks(count: int) -> Iterator[slice]:
