@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from vqkernels.cli.main import main
+from vqkernels.training import hub_dataset
 from vqkernels.training.data import load_images, open_source, resolved
 from vqkernels.training.errors import UserError
 
@@ -73,6 +74,13 @@ def test_a_parquet_file_and_a_slice_of_it(tmp_path):
     assert len(part) == 3 and part.shape == (1, 5, 6)
     with pytest.raises(UserError, match="cannot be opened: Unknown split"):
         open_source(f"hf:{tmp_path / 'x.parquet'}:nonsense")
+
+
+def test_a_row_group_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    rows(pictures(9, (50, 60, 3))).to_parquet(tmp_path / "x.parquet")
+    monkeypatch.setattr(hub_dataset, "MAX_ROW_GROUP", 1 << 16)
+    with pytest.raises(UserError, match=r"x\.parquet cannot be opened: it has a row group of \d+ bytes, more than the"):
+        open_source(f"hf:{tmp_path / 'x.parquet'}")
 
 
 def test_a_folder_that_the_library_opens(tmp_path):

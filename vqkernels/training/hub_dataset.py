@@ -20,6 +20,7 @@ from vqkernels.training.images import MAX_CLASSES, ImageSet, Splits
 PREFIX = "hf:"
 _SOURCE = re.compile(r"([^:]+)(?::([^:\[\]]+))??(?::((?:[^:\[\]]|\[[^\]]*\])+))?")
 _TEST_NAMES = ("test", "validation", "valid", "val")  # the first one present is the test split
+MAX_ROW_GROUP = 1 << 32  # bytes, unpacked
 _CHUNK = 256  # rows looked at together
 
 
@@ -129,6 +130,7 @@ def _loaded(source: str, name: str, config: str | None, split: str | None) -> An
             saved = datasets.load_from_disk(path)
             return saved if split is None or not isinstance(saved, dict) else saved[split]
         if path.is_file() and path.suffix == ".parquet":
+            _check_row_groups(path)
             return datasets.load_dataset("parquet", data_files=str(path), split=split)
         return datasets.load_dataset(str(path.resolve()) if path.exists() else name, config, split=split)
     except ConnectionError as error:
@@ -139,6 +141,16 @@ def _loaded(source: str, name: str, config: str | None, split: str | None) -> An
         raise UserError(f"{source}: there is no split {error}") from error
     except Exception as error:  # the library and its file formats fail in any way
         raise UserError(f"{source} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+
+
+def _check_row_groups(path: Path) -> None:
+    """Raise ValueError where one step of reading would fill the memory: the library unpacks a row group at a time."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(path)
+    largest = max((metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)), default=0)
+    if largest > MAX_ROW_GROUP:
+        raise ValueError(f"it has a row group of {largest} bytes, more than the {MAX_ROW_GROUP} that are read")
 
 
 def _columns(source: str, features: Any) -> tuple[str, str | None]:

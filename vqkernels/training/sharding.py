@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(model: nn.Module, device: torch.device, number: int) -> nn.Module:
@@ -20,8 +17,13 @@ def shard(model: nn.Module, device: torch.device, number: int) -> nn.Module:
 
     The blocks of its lists are gathered one at a time, the rest together. All must call it, with equal weights.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # a second; most runs shard nothing
+    from torch.distributed.fsdp import fully_shard
+
     sharded = copy.deepcopy(model)
     model.cpu()
+    for parameter in sharded.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no other
     mesh = init_device_mesh(device.type, (number,))
     for part in sharded.modules():
         if isinstance(part, (nn.ModuleList, nn.Sequential)):
@@ -33,7 +35,8 @@ def shard(model: nn.Module, device: torch.device, number: int) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+    """Whether `shard` made this model."""
+    return hasattr(model, "set_requires_gradient_sync")  # a method of FSDPModule
 
 
 def whole_weights(sharded: nn.Module) -> dict[str, Tensor]:
@@ -56,12 +59,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def _whole(x: Any) -> Any:
-    if isinstance(x, DTensor):
+    if hasattr(x, "full_tensor"):  # a DTensor
         x = x.full_tensor()
     return x.detach().cpu() if isinstance(x, Tensor) else x
 
 
-def _part(x: Any, parameter: Tensor) -> Any:
-    if not isinstance(parameter, DTensor) or not isinstance(x, Tensor) or x.shape != parameter.shape:
+def _part(x: Any, parameter: Any) -> Any:
+    if not hasattr(parameter, "placements") or not isinstance(x, Tensor) or x.shape != parameter.shape:
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements)
