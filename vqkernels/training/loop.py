@@ -29,7 +29,7 @@ from vqkernels.training.errors import DiskFull, Diverged, UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
 from vqkernels.training.ranks import Ranks, joined
-from vqkernels.training.sharding import is_sharded, load_optimizer, whole_optimizer, whole_weights
+from vqkernels.training.sharding import is_sharded, part_optimizer, whole_optimizer, whole_weights
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 
 # what may be changed when a run is resumed; the data may move, but its images must be the same
@@ -185,7 +185,7 @@ class _Session:
         stage.forward = self.ranks.wrap(stage.model, self.config.parallel)
         optimizer = torch.optim.Adam(stage.forward.parameters(), lr=config.learning_rate)
         if state is not None:
-            load_optimizer(optimizer, state["optimizer"])
+            optimizer.load_state_dict(part_optimizer(optimizer, state["optimizer"]))
             if self.ranks.rank < len(state["random"]):
                 _set_random_state(state["random"][self.ranks.rank], self.device)
         batches = Batches(len(self.data.train), config.batch_size, self.config.seed)
