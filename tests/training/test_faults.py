@@ -284,6 +284,8 @@ def test_weights_that_are_damaged_are_one_sentence(tmp_path, run, capsys, fault)
         save_file(tensors, file)
     status, line = told(capsys, "sample", "--run", out, "--out", tmp_path / "x.png")
     assert status == 2 and "model.safetensors" in line and not (tmp_path / "x.png").exists()
+    if fault == "promises more":  # said before any memory was asked for
+        assert "its tensors are not those of its configuration" in line
 
 
 def test_a_deep_model_of_few_tensors_is_refused(tmp_path, run):
