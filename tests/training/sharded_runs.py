@@ -8,21 +8,22 @@ import torch
 import torch.distributed as dist
 
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
+from vqkernels.training.errors import UserError
 from vqkernels.training.loop import train
 
-STEPS, HALF = 100, 30
+STEPS, HALF = {"gradient": 100, "averages": 50}, 20
 CODEBOOKS = {"gradient": {}, "averages": {"ema_decay": 0.9, "init": "kmeans", "revive": "rows"}}
 
 
-def config(codebook: str, steps: int = STEPS) -> RunConfig:
+def config(codebook: str, steps: int | None = None) -> RunConfig:
     sizes = {"hidden_channels": 16, "code_dim": 4, "codebook_size": 16, "downsamplings": 1}
     return RunConfig(
         data="digits",
         parallel="fsdp",  # of one process: nothing is shared
         log_every=1,
-        checkpoint_every=50,
+        checkpoint_every=25,
         picture_every=1000,
-        vqvae=VQVAEConfig(**sizes, **CODEBOOKS[codebook], batch_size=64, steps=steps),
+        vqvae=VQVAEConfig(**sizes, **CODEBOOKS[codebook], batch_size=64, steps=steps or STEPS[codebook]),
         prior=PriorConfig(hidden_channels=8, num_layers=2, head_channels=16, batch_size=64, steps=20),
     )
 
@@ -32,9 +33,15 @@ def run(folder: Path) -> None:
     for codebook in CODEBOOKS:
         train(config(codebook), folder / codebook)
     train(config("averages", HALF), folder / "halves", stage="vqvae")
-    trained = train(config("averages"), folder / "halves", resume=True)
+    trained = train(config("averages"), folder / "halves", stage="vqvae", resume=True)
     # What `train` leaves in every process is the whole model.
     torch.save(trained.vqvae.state_dict(), folder / f"left_{dist.get_rank()}.pt")
+    for parallel in ("ddp", "fsdp"):
+        steep = dataclasses.replace(config("gradient").vqvae, learning_rate=1e30)
+        try:
+            train(dataclasses.replace(config("gradient"), parallel=parallel, vqvae=steep), folder / parallel)
+        except UserError as error:
+            (folder / f"{parallel}_{dist.get_rank()}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
 def changed(codebook: str) -> RunConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training import sharded_runs
 
 import vqkernels
@@ -56,7 +57,7 @@ def test_sharded_weights_have_the_losses_of_one_process(sharded, tmp_path, codeb
     """And one process goes on from their checkpoint, with the optimizer's state."""
     train(sharded_runs.config(codebook), tmp_path / "one")
     expected, found = losses(tmp_path / "one", "vqvae"), losses(sharded / codebook, "vqvae")
-    assert len(expected) == len(found) == sharded_runs.STEPS
+    assert len(expected) == len(found) == sharded_runs.STEPS[codebook]
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
     torch.testing.assert_close(found[:10], expected[:10], rtol=1e-5, atol=1e-6)
     expected, found = losses(tmp_path / "one", "prior"), losses(sharded / codebook, "prior")
@@ -83,6 +84,16 @@ def test_a_sharded_run_resumes_to_the_same_bits(sharded):
     for rank in range(2):  # the whole model is in every process at the end
         left = torch.load(sharded / f"left_{rank}.pt", weights_only=True)
         assert [name for name in names if not torch.equal(found[name], left[name.removeprefix("vqvae.")])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_ends_all_processes_with_one_sentence(sharded, parallel):
+    told = [(sharded / f"{parallel}_{rank}.txt").read_text() for rank in range(2)]
+    assert told[0].startswith("Diverged: the loss of the vqvae is ") and told[1].startswith("ToldElsewhere: ")
+    saved = list((sharded / parallel).glob("diverged_vqvae_*.safetensors"))
+    assert len(saved) == 1 and str(saved[0]) in told[0]
+    assert len(load_file(saved[0])["pixels"]) == 64  # the batch of both
 
 
 @pytest.mark.parametrize("option", [{"init": "kmeans"}, {"revive": "rows"}])
