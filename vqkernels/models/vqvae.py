@@ -98,6 +98,7 @@ class VQVAE(Autoencoder):
         """
         quantized, indices, quantization = self.quantizer(self._encode(x))
         decoded = self._crop(self.decoder(quantized), x.shape[-2], x.shape[-1])
+        decoded = decoded.to(x.dtype)  # under autocast the image and its likelihood are as exact as the input
         if self.likelihood is None:
             reconstruction, error = decoded, F.mse_loss(decoded, x, reduction="sum")
         else:

@@ -79,6 +79,22 @@ class PriorConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """How a step is computed. Results differ by rounding; benchmarks/results/full_model.md has what each gains."""
+
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Channels innermost in memory, in the VQ-VAE; auto: on the CPU, where it was measured."""
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    """Mixed precision: convolutions in this type, weights and losses in float32; on a CPU it pays where it has AMX."""
+    fused_optimizer: bool = True
+    """One kernel updates all weights."""
+    compile: bool = False
+    """torch.compile: the first steps take longer."""
+    cuda_graphs: bool = False
+    """With --compile, on a GPU: a step is launched as a whole."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that determines a run."""
 
@@ -99,6 +115,7 @@ class RunConfig:
     """Steps between checkpoints, each with an evaluation on held-out images."""
     picture_every: int = 1000
     """Steps between image grids; there is always one at the end of a stage."""
+    speed: Annotated[SpeedConfig, tyro.conf.arg(name="")] = field(default_factory=SpeedConfig)
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
 
@@ -117,6 +134,8 @@ class RunConfig:
             _at_least(1, stage, "hidden_channels", "batch_size", "steps", prefix=f"{name}.")
             if not stage.learning_rate > 0:
                 raise UserError(f"{name}.learning_rate must be positive, but is {stage.learning_rate}")
+        if self.speed.cuda_graphs and not self.speed.compile:
+            raise UserError("speed.cuda_graphs needs speed.compile")
         _at_least(1, self.vqvae, "code_dim", "codebook_size", "downsamplings", prefix="vqvae.")
         _at_least(0, self.vqvae, "residual_blocks", "beta", prefix="vqvae.")
         if self.vqvae.residual_channels is not None:
@@ -210,7 +229,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(choice) for choice in get_args(hint) if choice is not NoneType)
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
-    return {int: "a whole number", float: "a number", str: "a string"}.get(hint, "a table")
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(hint, "a table")
 
 
 def _at_least(least: int, config: Any, *names: str, prefix: str = "") -> None:

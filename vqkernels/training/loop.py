@@ -8,6 +8,7 @@ Started by `torchrun`, the processes share every batch: at an equal global batch
 to the order of summation. The first process alone writes.
 """
 
+import dataclasses
 import math
 import sys
 import time
@@ -22,16 +23,18 @@ from vqkernels.models import VQVAE, Prior
 from vqkernels.training.batches import Batches
 from vqkernels.training.build import build_prior, build_vqvae, check_backend, pick_device
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
-from vqkernels.training.config import RunConfig
+from vqkernels.training.config import RunConfig, SpeedConfig
 from vqkernels.training.data import ImageData, load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
 from vqkernels.training.ranks import Ranks, joined
+from vqkernels.training.speed import Speed
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 
 # what may be changed when a run is resumed; the data may move, but its images must be the same
 FREE = {"data", "device", "backend", "log_every", "checkpoint_every", "picture_every", "vqvae.steps", "prior.steps"}
+FREE |= {f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)}
 
 
 class Trained(NamedTuple):
@@ -86,6 +89,7 @@ def _train(
         if stage == "prior" and not resume:
             raise UserError("the prior is trained on a finished VQ-VAE: give its run directory, and --resume")
         check_backend(config.backend, device)
+        Speed(config.speed, device)  # refuses what this machine cannot do
         return run, _load(config)
 
     looked = ranks.on_first(look)
@@ -161,19 +165,22 @@ class _Session:
     def run_stage(self, stage: TrainingStage) -> bool:
         """Train what is left of a stage; False if stopped."""
         config, steps = stage.config, stage.config.steps
-        optimizer = torch.optim.Adam(stage.model.parameters(), lr=config.learning_rate)
+        speed = Speed(self.config.speed, self.device)
+        if stage.name == "vqvae":
+            speed.lay_out(stage.model)
+        optimizer = speed.optimizer(stage.model.parameters(), config.learning_rate)
         step = 0
         if self.ranks.number > 1:  # as many streams of random numbers as processes
             torch.manual_seed(torch.initial_seed() + 1000 * self.ranks.rank)
         if self.state is not None and self.state["stage"] == stage.name:
             step = self.state["step"]
             stage.model.load_state_dict(self.state[stage.name])
-            optimizer.load_state_dict(self.state["optimizer"])
+            speed.load(optimizer, self.state)
             states = self.state["random"]
             if self.ranks.rank < len(states):
                 _set_random_state(states[self.ranks.rank], self.device)
         stage.model.train()
-        stage.forward = self.ranks.wrap(stage.model)
+        stage.forward = speed.forward(self.ranks.wrap(stage.model))
         batches = Batches(len(self.data.train), config.batch_size, self.config.seed)
         length = 0 if self.state is None else self.state["metrics_length"]
         log = None
@@ -193,10 +200,10 @@ class _Session:
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * _schedule(config.schedule, step, steps)
                 indices = batches.indices(step)
-                loss, metrics = stage.loss(self.ranks.share(indices))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+                speed.begin_step()
+                with speed.autocast():
+                    loss, metrics = stage.loss(self.ranks.share(indices))
+                speed.learn(loss, optimizer)
                 step, images_seen = step + 1, images_seen + len(indices)
                 bar.update()
                 stopped, last = self.ranks.any(self.should_stop()), step == steps
@@ -216,7 +223,7 @@ class _Session:
                 if (last or step % self.config.picture_every == 0) and log is not None:
                     self._draw(stage, step, log)
                 if checkpoint:
-                    self._save(stage, step, optimizer, log)
+                    self._save(stage, step, optimizer, speed, log)
         finally:
             bar.close()
             if log is not None:
@@ -236,7 +243,14 @@ class _Session:
             save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
             log.picture(step, name, grid)
 
-    def _save(self, stage: TrainingStage, step: int, optimizer: torch.optim.Optimizer, log: MetricsLog | None) -> None:
+    def _save(
+        self,
+        stage: TrainingStage,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        speed: Speed,
+        log: MetricsLog | None,
+    ) -> None:
         random = self.ranks.gather(_random_state(self.device))
         self.state = {
             "config": self.config.to_toml(),
@@ -246,6 +260,7 @@ class _Session:
             "vqvae": self.vqvae.state_dict(),
             "prior": stage.model.state_dict() if stage.name == "prior" else {},
             "optimizer": optimizer.state_dict(),
+            "scaler": speed.scaler.state_dict(),
             "random": random,
             "metrics_length": 0 if log is None else log.sync(),
         }

@@ -146,7 +146,8 @@ class PriorStage:
     def _cross_entropy(self, model: nn.Module, codes: Tensor, labels: Tensor | None, indices: Tensor | slice) -> Tensor:
         """Mean negative log-likelihood of a code, in nats."""
         batch = codes[indices].to(self.device)
-        return F.cross_entropy(model(batch, None if labels is None else labels[indices].to(self.device)), batch)
+        logits = model(batch, None if labels is None else labels[indices].to(self.device))
+        return F.cross_entropy(logits.float(), batch)  # of logits that mixed precision made shorter, too
 
 
 @torch.no_grad()
