@@ -152,15 +152,18 @@ def _open(path: Path, color: Color = "auto") -> Image.Image:
         with Image.open(path) as image:
             if color == "auto":
                 return image
-            if image.format == "PNG":
-                image.verify()  # the checksums; decoding alone accepts a file that lacks its end
+            if image.format != "PNG":
+                return _converted(image, color)
+            image.verify()  # the checksums; decoding alone accepts a file that lacks its end
         with Image.open(path) as image:
-            return _convert(ImageOps.exif_transpose(image), color)
+            return _converted(image, color)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"the image {path} cannot be read: {error}") from error
 
 
-def _convert(image: Image.Image, color: Color) -> Image.Image:
+def _converted(image: Image.Image, color: Color) -> Image.Image:
+    """The image upright, in another mode of pixels."""
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip these at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if color != "rgba" and image.has_transparency_data:
