@@ -27,10 +27,9 @@ from torch import Tensor
 from vqkernels.bench import machine
 from vqkernels.models import VQVAE
 from vqkernels.training.codes import CodesDirectory, CodesIndex
-from vqkernels.training.config import SpeedConfig
 from vqkernels.training.data import open_source
 from vqkernels.training.images import Source
-from vqkernels.training.speed import Speed
+from vqkernels.training.speed import Speed, SpeedConfig
 from vqkernels.training.tokenization import CHUNK, encode_shards
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ import torch
 
 from vqkernels.training.build import build_vqvae, load_vqvae
 from vqkernels.training.checkpoint import ImageFormat, read_export
-from vqkernels.training.config import PriorConfig, RunConfig, SpeedConfig, VQVAEConfig
+from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import train
-from vqkernels.training.speed import Speed
+from vqkernels.training.speed import Speed, SpeedConfig
 
 CPU = torch.device("cpu")
 PLAIN = SpeedConfig(channels_last="off", fused_optimizer=False)

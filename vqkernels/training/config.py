@@ -15,6 +15,7 @@ import tomli_w
 import tyro
 
 from vqkernels.training.errors import UserError
+from vqkernels.training.speed import SpeedConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,22 +77,6 @@ class PriorConfig:
     learning_rate: float = 3e-4
     schedule: Schedule = "constant"
     """cosine: the learning rate falls to 0 over the steps."""
-
-
-@dataclass(frozen=True)
-class SpeedConfig:
-    """How a step is computed. Results differ by rounding; benchmarks/results/full_model.md has what each gains."""
-
-    channels_last: Literal["auto", "on", "off"] = "auto"
-    """Channels innermost in memory, in the VQ-VAE; auto: on the CPU, where it was measured."""
-    amp: Literal["off", "bfloat16", "float16"] = "off"
-    """Mixed precision: convolutions in this type, weights and losses in float32; on a CPU it pays where it has AMX."""
-    fused_optimizer: bool = True
-    """One kernel updates all weights."""
-    compile: bool = False
-    """torch.compile: the first steps take longer."""
-    cuda_graphs: bool = False
-    """With --compile, on a GPU: a step is launched as a whole."""
 
 
 @dataclass(frozen=True)

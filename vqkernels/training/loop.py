@@ -23,13 +23,13 @@ from vqkernels.models import VQVAE, Prior
 from vqkernels.training.batches import Batches
 from vqkernels.training.build import build_prior, build_vqvae, check_backend, pick_device
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
-from vqkernels.training.config import RunConfig, SpeedConfig
+from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData, load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
 from vqkernels.training.ranks import Ranks, joined
-from vqkernels.training.speed import Speed
+from vqkernels.training.speed import Speed, SpeedConfig
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 
 # what may be changed when a run is resumed; the data may move, but its images must be the same

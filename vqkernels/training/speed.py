@@ -9,15 +9,31 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from vqkernels.training.config import SpeedConfig
 from vqkernels.training.errors import UserError
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """How a step is computed. Results differ by rounding; benchmarks/results/full_model.md has what each gains."""
+
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Channels innermost in memory, in the VQ-VAE; auto: on the CPU, where it was measured."""
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    """Mixed precision: convolutions in this type, weights and losses in float32; on a CPU it pays where it has AMX."""
+    fused_optimizer: bool = True
+    """One kernel updates all weights."""
+    compile: bool = False
+    """torch.compile: the first steps take longer."""
+    cuda_graphs: bool = False
+    """With --compile, on a GPU: a step is launched as a whole."""
 
 
 class Speed:
