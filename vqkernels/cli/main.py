@@ -24,7 +24,10 @@ EXTRA = frozenset({"PIL", "numpy", "safetensors", "sklearn", "tensorboard", "tom
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for an interrupted training, 2 for a mistake in what was asked."""
+    """Run a command; returns the exit status.
+
+    0: done; 1: a training was interrupted or diverged, or the disk is full; 2: a mistake in what was asked.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["-h"], ["--help"]):
         print(_usage())
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except UserError as error:
         print(f"vqkernels {name}: {error}", file=sys.stderr)
-        return 2
+        return error.status
 
 
 def _usage() -> str:

@@ -15,6 +15,7 @@ import tyro
 
 from vqkernels.training.checkpoint import RunDirectory, read_run_config
 from vqkernels.training.config import RunConfig, read_config
+from vqkernels.training.data import resolved
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import Trained, train
 
@@ -47,8 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     config = parsed.run
-    if config.data != "digits" and Path(config.data).exists():  # found again when resumed from elsewhere
-        config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
+    config = dataclasses.replace(config, data=resolved(config.data))  # found again when resumed from elsewhere
     trained = train_interruptibly(config, parsed.out, stage=parsed.stage, resume=parsed.resume)
     if not trained.finished:
         return 1

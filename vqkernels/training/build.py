@@ -1,14 +1,19 @@
 """Models from a configuration and the format of the images."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from vqkernels.backends import registry
 from vqkernels.models import VQVAE, PixelCNN, Prior, TransformerPrior
 from vqkernels.training.checkpoint import Export, ImageFormat, read_export
 from vqkernels.training.config import RunConfig
 from vqkernels.training.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def pick_device(name: str) -> torch.device:
@@ -88,8 +93,9 @@ def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, Export]:
         UserError: there is no run, or it has no checkpoint yet.
     """
     export = read_export(path)
-    vqvae = build_vqvae(export.config, export.images)
-    vqvae.load_state_dict(_state(export, "vqvae"))
+    state = _state(export, "vqvae")
+    layers = max(export.config.vqvae.downsamplings, export.config.vqvae.residual_blocks)
+    vqvae = _filled(lambda: build_vqvae(export.config, export.images), state, layers, path)
     return vqvae.to(device).eval(), export
 
 
@@ -106,9 +112,29 @@ def load_models(path: Path, device: torch.device) -> tuple[VQVAE, Prior, Export]
             f"the run {path} has no prior yet (its VQ-VAE is at step {export.step}); "
             f"train it with 'vqkernels train --out {path} --resume'"
         )
-    prior = build_prior(export.config, export.images, vqvae)
-    prior.load_state_dict(state)
+    prior = _filled(
+        lambda: build_prior(export.config, export.images, vqvae), state, export.config.prior.num_layers, path
+    )
     return vqvae, prior.to(device).eval(), export
+
+
+def _filled(build: Callable[[], M], state: dict[str, torch.Tensor], layers: int, path: Path) -> M:
+    """The model with these weights.
+
+    It is first built without memory: a file whose configuration promises more than its tensors costs nothing.
+    """
+    try:
+        if layers > len(state):
+            raise ValueError(f"its configuration has {layers} layers, but there are {len(state)} tensors")
+        with torch.device("meta"):
+            shapes = {name: x.shape for name, x in build().state_dict().items()}
+        if shapes != {name: x.shape for name, x in state.items()}:
+            raise ValueError("its tensors are not those of its configuration")
+        model = build()
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path / 'model.safetensors'} is damaged: {str(error).splitlines()[0]}") from error
+    return model
 
 
 def _state(export: Export, model: str) -> dict[str, torch.Tensor]:

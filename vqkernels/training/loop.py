@@ -25,16 +25,28 @@ from vqkernels.training.build import build_prior, build_vqvae, check_backend, pi
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData, load_images
-from vqkernels.training.errors import UserError
+from vqkernels.training.divergence import LossWatch, is_finite, save_diverged
+from vqkernels.training.errors import DiskFull, Diverged, UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
 from vqkernels.training.ranks import Ranks, joined
+from vqkernels.training.sharding import is_sharded, whole_optimizer, whole_weights
 from vqkernels.training.speed import Speed, SpeedConfig
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 
 # what may be changed when a run is resumed; the data may move, but its images must be the same
-FREE = {"data", "device", "backend", "log_every", "checkpoint_every", "picture_every", "vqvae.steps", "prior.steps"}
-FREE |= {f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)}
+FREE = {
+    "data",
+    "device",
+    "backend",
+    "parallel",
+    "log_every",
+    "checkpoint_every",
+    "picture_every",
+    "vqvae.steps",
+    "prior.steps",
+    *(f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)),
+}
 
 
 class Trained(NamedTuple):
@@ -66,7 +78,9 @@ def train(
         should_stop: asked after every step; True writes a checkpoint and ends the training there.
 
     Raises:
-        UserError: the configuration, the data or the directory is not as it should be, or the loss is no longer finite.
+        UserError: the configuration, the data or the directory is not as it should be.
+        Diverged: the loss or a weight is no longer finite; the batch that did it is saved.
+        DiskFull: a checkpoint could not be written; the one before is whole.
     """
     with joined(pick_device(config.device)) as ranks:
         return _train(config, out, stage, resume, progress, should_stop, ranks)
@@ -168,19 +182,20 @@ class _Session:
         speed = Speed(self.config.speed, self.device)
         if stage.name == "vqvae":
             speed.lay_out(stage.model)
-        optimizer = speed.optimizer(stage.model.parameters(), config.learning_rate)
-        step = 0
+        step, state = 0, self.state if self.state is not None and self.state["stage"] == stage.name else None
         if self.ranks.number > 1:  # as many streams of random numbers as processes
             torch.manual_seed(torch.initial_seed() + 1000 * self.ranks.rank)
-        if self.state is not None and self.state["stage"] == stage.name:
-            step = self.state["step"]
-            stage.model.load_state_dict(self.state[stage.name])
-            speed.load(optimizer, self.state)
-            states = self.state["random"]
-            if self.ranks.rank < len(states):
-                _set_random_state(states[self.ranks.rank], self.device)
+        if state is not None:
+            step = state["step"]
+            stage.model.load_state_dict(state[stage.name])
         stage.model.train()
-        stage.forward = speed.forward(self.ranks.wrap(stage.model))
+        self.trained = self.ranks.wrap(stage.model, self.config.parallel)
+        stage.forward = speed.forward(self.trained)
+        optimizer = speed.optimizer(self.trained.parameters(), config.learning_rate)
+        if state is not None:
+            speed.load(optimizer, state)
+            if self.ranks.rank < len(state["random"]):
+                _set_random_state(state["random"][self.ranks.rank], self.device)
         batches = Batches(len(self.data.train), config.batch_size, self.config.seed)
         length = 0 if self.state is None else self.state["metrics_length"]
         log = None
@@ -195,6 +210,7 @@ class _Session:
             leave=False,
         )
         stopped, since, images_seen = False, time.perf_counter(), 0
+        watch = LossWatch(self.device)
         try:
             while step < steps and not stopped:
                 for group in optimizer.param_groups:
@@ -203,6 +219,9 @@ class _Session:
                 speed.begin_step()
                 with speed.autocast():
                     loss, metrics = stage.loss(self.ranks.share(indices))
+                watch.see(step + 1, loss)
+                if self.device.type == "cpu" and self.ranks.number == 1:  # elsewhere asking means to wait
+                    self._check_finite(watch, stage, batches, step + 1)
                 speed.learn(loss, optimizer)
                 step, images_seen = step + 1, images_seen + len(indices)
                 bar.update()
@@ -212,24 +231,35 @@ class _Session:
                 if logged or checkpoint:
                     values = {"loss": float(loss.detach()), **{name: float(value) for name, value in metrics.items()}}
                     values = self.ranks.mean(values)
-                    self._check_finite(values["loss"], stage, step)
+                    self._check_finite(watch, stage, batches, step, weights=checkpoint)
                     if logged and log is not None:
                         now = time.perf_counter()
                         rate, since, images_seen = images_seen / (now - since), now, 0
                         log.write(step, {**values, "images_per_second": round(rate, 1)})
                         bar.set_postfix_str(_summary({**values, "images/s": rate}))
+                drawn = last or step % self.config.picture_every == 0
+                if checkpoint or drawn:
+                    self._collect(stage)
                 if checkpoint and (last or not stopped) and log is not None:
                     self._evaluate(stage, step, log)
-                if (last or step % self.config.picture_every == 0) and log is not None:
+                if drawn and log is not None:
                     self._draw(stage, step, log)
                 if checkpoint:
                     self._save(stage, step, optimizer, speed, log)
+                if is_sharded(self.trained):
+                    stage.model.cpu()
         finally:
             bar.close()
             if log is not None:
                 log.close()
-            stage.forward = stage.model
+            stage.forward = stage.model.to(self.device)
         return not stopped
+
+    def _collect(self, stage: TrainingStage) -> None:
+        """Bring what the processes hold in parts into the whole model, so that it can be looked at."""
+        if is_sharded(self.trained):
+            stage.model.load_state_dict(whole_weights(self.trained))
+            stage.model.to(self.device)
 
     def _evaluate(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
         values = stage.evaluate()
@@ -240,7 +270,10 @@ class _Session:
 
     def _draw(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
         for name, grid in stage.pictures().items():
-            save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
+            try:
+                save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
+            except DiskFull as error:  # a picture is not worth the checkpoint that follows it
+                tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
             log.picture(step, name, grid)
 
     def _save(
@@ -259,20 +292,44 @@ class _Session:
             "step": step,
             "vqvae": self.vqvae.state_dict(),
             "prior": stage.model.state_dict() if stage.name == "prior" else {},
-            "optimizer": optimizer.state_dict(),
+            "optimizer": whole_optimizer(optimizer),
             "scaler": speed.scaler.state_dict(),
             "random": random,
             "metrics_length": 0 if log is None else log.sync(),
         }
-        if self.ranks.first:
-            self.run.save(self.state, self.images)
+        state = self.state
+        self.ranks.on_first(lambda: self.run.save(state, self.images))
 
-    def _check_finite(self, loss: float, stage: TrainingStage, step: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of the {stage.name} is {loss} at step {step}; the last checkpoint in {self.run.path} is "
-                "untouched, try a lower learning rate in a new run"
+    def _check_finite(
+        self, watch: LossWatch, stage: TrainingStage, batches: Batches, step: int, *, weights: bool = False
+    ) -> None:
+        """Raise Diverged if a loss was not finite, or (when asked) a weight is not: no such checkpoint is written."""
+        seen = watch.first()
+        first = None if seen is None else (seen[0], "loss", seen[1])
+        if first is None and weights and not is_finite(self.trained):
+            first = step, "weight", math.nan
+        if not self.ranks.any(first is not None):
+            return
+        where, what, value = min(found for found in self.ranks.gather(first) if found is not None)
+        self._collect(stage)
+
+        def tell() -> None:
+            batch = self._batch(stage, batches.indices(where - 1))
+            saved = save_diverged(self.run.path, self.config, stage.name, where, value, batch, stage.model.state_dict())
+            kept = "there is no checkpoint yet"
+            if self.state is not None:
+                kept = f"the last checkpoint ({self.state['stage']} step {self.state['step']}) is untouched"
+            raise Diverged(
+                f"{'the' if what == 'loss' else 'a'} {what} of the {stage.name} is {value} at step {where}; {saved}, "
+                f"and {kept}; try a lower learning rate in a new run"
             )
+
+        self.ranks.on_first(tell)
+
+    def _batch(self, stage: TrainingStage, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        images, codes = self.data.train.select(indices), getattr(stage, "train_codes", None)
+        named = {"pixels": images.pixels, "labels": images.labels, "codes": None if codes is None else codes[indices]}
+        return {"indices": indices, **{name: x for name, x in named.items() if x is not None}}
 
 
 def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, out: Path, stage: str) -> None:
@@ -286,7 +343,8 @@ def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, 
         or (prior_begun and name == "vqvae.steps")
     ]
     if changed:
-        raise UserError(f"the run {out} was begun with another {' and '.join(changed)}; a resumed run cannot change it")
+        both = [f"{name} ({before.value(name)}, now {config.value(name)})" for name in changed]
+        raise UserError(f"the run {out} was begun with another {' and '.join(both)}; a resumed run cannot change it")
     if state["data"] != data.fingerprint():
         raise UserError(f"the images of {config.data} are not those that the run {out} was begun with")
     if stage == "vqvae" and prior_begun:

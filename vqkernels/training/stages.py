@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +57,12 @@ class VQVAEStage:
         self.held_out = data.held_out.select(_spread(len(data.held_out), EVALUATED))
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        trained: Any = getattr(self.forward, "module", self.forward)  # DDP keeps the model there; FSDP2 trains a copy
         _, _, losses = self.forward(self.data.train.batch(indices, self.device))
         return losses.total, {
             "reconstruction": losses.reconstruction.detach(),
             "quantization": losses.quantization.detach(),
-            "perplexity": self.model.quantizer.perplexity,
+            "perplexity": trained.quantizer.perplexity,
         }
 
     @torch.no_grad()
