@@ -93,7 +93,7 @@ def settings_for(
         init="kmeans",
         revive="rows",
         likelihood="logistic_mixture",
-        steps=2500 if tiny else 1000 if grey else 900,
+        steps=2500 if tiny else 1000,
         batch_size=64 if tiny else 32,
         learning_rate=1e-3,
         schedule="cosine",
