@@ -184,9 +184,9 @@ def _collapse(collapse: Collapse, images: int) -> list[Block]:
                     f"perplexity {collapse.perplexity:.1f} of {collapse.codebook_size}",
                 ),
             ),
-            f"Grey images rounded to {collapse.levels} intensities, {images:,} held-out ones. The decoder is a PixelCNN "
-            "over the pixels, which sees the latents at every place. Bits here are of rounded images, and do not "
-            "compare with those above. The VQ-VAE's bound counts its codes under the uniform prior.",
+            f"Grey images rounded to {collapse.levels} intensities, {images:,} held-out ones. The decoder is a "
+            "PixelCNN over the pixels, which sees the latents at every place. Bits here are of rounded images, and do "
+            "not compare with those above. The VQ-VAE's bound counts its codes under the uniform prior.",
         ),
         Plot(
             "collapse",

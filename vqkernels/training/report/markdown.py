@@ -60,4 +60,5 @@ def _image(folder: Path, name: str, content: bytes, caption: str) -> str:
 
 def _plain(text: str) -> str:
     """The text on one line, and none of its characters read as markup."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
