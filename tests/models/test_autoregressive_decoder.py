@@ -1,4 +1,4 @@
-"""The autoregressive decoder: a distribution of rounded images, draws that follow it, and a likelihood like the others."""
+"""The autoregressive decoder: a distribution of rounded images, draws that follow it, a likelihood like the others."""
 
 import itertools
 

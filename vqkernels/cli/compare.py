@@ -91,7 +91,7 @@ def chosen(parsed: CompareArguments, shape: tuple[int, int, int]) -> ComparisonS
     )
     prior = dataclasses.replace(run.prior, steps=parsed.prior_steps or run.prior.steps)
     run = dataclasses.replace(
-        run, vqvae=vqvae, prior=prior, checkpoint_every=max(vqvae.steps // 8, 1), picture_every=vqvae.steps
+        run, vqvae=vqvae, prior=prior, checkpoint_every=max(vqvae.steps // 5, 1), picture_every=vqvae.steps
     )
     return dataclasses.replace(
         settings,

@@ -94,10 +94,12 @@ class Workshop:
 
 
 def prepare(settings: ComparisonSettings, data: ImageData) -> tuple[ImageData, ImageData]:
-    """The images of a comparison with their labels, and without them, as the models see them."""
+    """The images of a comparison with their labels; and what the models see, without labels, of the held-out images
+    those that are measured."""
     train_set = data.train if settings.train_images is None else _some(data.train, settings.train_images)
+    held_out = _some(data.held_out, settings.evaluated)
     chosen = dataclasses.replace(data, train=train_set)
-    return chosen, ImageData(ImageSet(train_set.pixels, None), ImageSet(data.held_out.pixels, None), ())
+    return chosen, ImageData(ImageSet(train_set.pixels, None), ImageSet(held_out.pixels, None), ())
 
 
 def train_contenders(workshop: Workshop, say: Callable[[str], None]) -> list[Contender]:

@@ -132,7 +132,7 @@ def _measured(
             "held_out": len(data.held_out),
             "evaluated": len(evaluated),
             "probed": len(learner),
-            "collapse_evaluated": min(settings.collapse.evaluated, len(data.held_out)),
+            "collapse_evaluated": min(settings.collapse.evaluated, len(evaluated)),
         },
         (data.channels, *data.size),
         model.latent_size(data.size),

@@ -93,7 +93,7 @@ def settings_for(
         init="kmeans",
         revive="rows",
         likelihood="logistic_mixture",
-        steps=2500 if tiny else 1000,
+        steps=1500 if tiny else 600 if grey else 500,
         batch_size=64 if tiny else 32,
         learning_rate=1e-3,
         schedule="cosine",
@@ -103,7 +103,7 @@ def settings_for(
         num_layers=6 if tiny else 5,
         head_channels=128,
         dropout=0.2 if tiny else 0.0,
-        steps=1000 if tiny else 600 if grey else 400,
+        steps=800 if tiny else 400 if grey else 250,
         batch_size=64 if tiny else 32,
         learning_rate=1e-3,
         schedule="cosine",
@@ -114,17 +114,22 @@ def settings_for(
         seed=seed,
         device=device,
         log_every=25,
-        checkpoint_every=max(vqvae.steps // 8, 1),
+        checkpoint_every=max(vqvae.steps // 5, 1),
         picture_every=vqvae.steps,
         vqvae=vqvae,
         prior=prior,
     )
     collapse = CollapseSettings(
         levels=17 if tiny else 16,  # the scanned digits have 17 intensities
-        steps=500 if tiny else 300,
+        steps=400 if tiny else 150,
         batch_size=64 if tiny else 16,
         evaluated=1000 if tiny else 256,
     )
     return ComparisonSettings(
-        run, train_images=None if tiny or grey else 10_000, evaluated=1000 if tiny else 500, collapse=collapse
+        run,
+        train_images=None if tiny or grey else 10_000,
+        evaluated=1000 if tiny else 500,
+        importance_samples=16 if tiny else 8,
+        probed=4000 if tiny else 2000,
+        collapse=collapse,
     )
