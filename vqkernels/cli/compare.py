@@ -86,20 +86,24 @@ def chosen(parsed: CompareArguments, shape: tuple[int, int, int]) -> ComparisonS
     run, collapse = settings.run, settings.collapse
     vqvae = dataclasses.replace(
         run.vqvae,
-        steps=parsed.steps or run.vqvae.steps,
-        codebook_size=parsed.codebook_size or run.vqvae.codebook_size,
+        steps=_given(parsed.steps, run.vqvae.steps),
+        codebook_size=_given(parsed.codebook_size, run.vqvae.codebook_size),
     )
-    prior = dataclasses.replace(run.prior, steps=parsed.prior_steps or run.prior.steps)
+    prior = dataclasses.replace(run.prior, steps=_given(parsed.prior_steps, run.prior.steps))
     run = dataclasses.replace(
-        run, vqvae=vqvae, prior=prior, checkpoint_every=max(vqvae.steps // 5, 1), picture_every=vqvae.steps
+        run, vqvae=vqvae, prior=prior, checkpoint_every=max(vqvae.steps // 5, 1), picture_every=max(vqvae.steps, 1)
     )
     return dataclasses.replace(
         settings,
         run=run,
         train_images=settings.train_images if parsed.train_images is None else parsed.train_images,
-        evaluated=parsed.evaluated or settings.evaluated,
-        collapse=dataclasses.replace(collapse, steps=parsed.collapse_steps or collapse.steps),
+        evaluated=_given(parsed.evaluated, settings.evaluated),
+        collapse=dataclasses.replace(collapse, steps=_given(parsed.collapse_steps, collapse.steps)),
     )
+
+
+def _given(asked: int | None, otherwise: int) -> int:
+    return otherwise if asked is None else asked
 
 
 def _command(arguments: Sequence[str], parsed: CompareArguments) -> str:

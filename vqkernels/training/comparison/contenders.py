@@ -72,13 +72,10 @@ class Workshop:
         file = self.out / "seconds.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         before, finished = found.get(name, (0.0, False))
-        start = time.monotonic()
+        start, done = time.monotonic(), False
         try:
             yield
             done = True
-        except Interrupted:
-            done = False
-            raise
         finally:
             if not finished:
                 found[name] = [before + time.monotonic() - start, done]
