@@ -47,6 +47,10 @@ class CompareArguments:
     """Training steps of the VQ-VAEs' priors."""
     collapse_steps: int | None = None
     """Training steps of the models with an autoregressive decoder."""
+    batch_size: int | None = None
+    """Images of a training step, of every model."""
+    hidden_channels: int | None = None
+    """Width of every encoder and decoder."""
     codebook_size: int | None = None
     evaluated: int | None = None
     """Held-out images that are measured."""
@@ -87,9 +91,15 @@ def chosen(parsed: CompareArguments, shape: tuple[int, int, int]) -> ComparisonS
     vqvae = dataclasses.replace(
         run.vqvae,
         steps=_given(parsed.steps, run.vqvae.steps),
+        batch_size=_given(parsed.batch_size, run.vqvae.batch_size),
+        hidden_channels=_given(parsed.hidden_channels, run.vqvae.hidden_channels),
         codebook_size=_given(parsed.codebook_size, run.vqvae.codebook_size),
     )
-    prior = dataclasses.replace(run.prior, steps=_given(parsed.prior_steps, run.prior.steps))
+    prior = dataclasses.replace(
+        run.prior,
+        steps=_given(parsed.prior_steps, run.prior.steps),
+        batch_size=_given(parsed.batch_size, run.prior.batch_size),
+    )
     run = dataclasses.replace(
         run, vqvae=vqvae, prior=prior, checkpoint_every=max(vqvae.steps // 5, 1), picture_every=max(vqvae.steps, 1)
     )
@@ -98,7 +108,11 @@ def chosen(parsed: CompareArguments, shape: tuple[int, int, int]) -> ComparisonS
         run=run,
         train_images=settings.train_images if parsed.train_images is None else parsed.train_images,
         evaluated=_given(parsed.evaluated, settings.evaluated),
-        collapse=dataclasses.replace(collapse, steps=_given(parsed.collapse_steps, collapse.steps)),
+        collapse=dataclasses.replace(
+            collapse,
+            steps=_given(parsed.collapse_steps, collapse.steps),
+            batch_size=_given(parsed.batch_size, collapse.batch_size),
+        ),
     )
 
 

@@ -97,7 +97,9 @@ def _likelihoods(found: Comparison) -> list[Block]:
             tuple(rows),
             "Upper bounds of −log2 p(x) per pixel and channel; lower is better. A VQ-VAE: −log2 p(x | codes) − log2 "
             "p(codes), with the uniform prior and with a PixelCNN that was trained on the codes afterwards. A VAE: the "
-            "evidence lower bound (its prior is a standard normal distribution), and the importance-weighted bound.",
+            "evidence lower bound (its prior is a standard normal distribution), and the importance-weighted one. The "
+            "trained prior is a second model with steps of its own, which a VAE does not have; the columns before it "
+            "are without.",
         ),
         Plot(
             "bits_per_dimension",
