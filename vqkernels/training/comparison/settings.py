@@ -121,7 +121,7 @@ def settings_for(
     )
     collapse = CollapseSettings(
         levels=17 if tiny else 16,  # the scanned digits have 17 intensities
-        steps=400 if tiny else 150,
+        steps=250 if tiny else 150,
         batch_size=64 if tiny else 16,
         evaluated=1000 if tiny else 256,
     )
