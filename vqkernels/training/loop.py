@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from vqkernels.models import VQVAE, Prior
@@ -153,6 +154,44 @@ def _train(
             run.release()
 
 
+def train_stage(
+    stage: TrainingStage,
+    config: RunConfig,
+    data: ImageData,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train a model that is not `train`'s, in one process and a run directory of its own; False if stopped.
+
+    Args:
+        stage: the model, and what is asked of it; its name is none of `train`'s.
+        config, data: what the stage was made from.
+        out, resume, progress, should_stop: as in `train`.
+
+    Raises:
+        UserError: as in `train`.
+    """
+    config.check()
+    run = RunDirectory(out, resume=resume)
+    run.acquire()
+    try:
+        state = run.load_state() if resume else None
+        if state is not None:
+            _check_resumable(state, config, data, out, stage.name)
+        run.begin(config)
+        images = ImageFormat(data.channels, *data.size, data.class_names)
+        ranks = Ranks(0, 1, pick_device(config.device))
+        session = _Session(run, config, data, images, nn.Module(), state, progress, should_stop, ranks)
+        finished = session.run_stage(stage)
+        stage.model.eval()
+        return finished
+    finally:
+        run.release()
+
+
 def _load(config: RunConfig) -> ImageData:
     return load_images(config.data, color=config.color, held_out=config.held_out, seed=config.seed)
 
@@ -166,7 +205,7 @@ class _Session:
         config: RunConfig,
         data: ImageData,
         images: ImageFormat,
-        vqvae: VQVAE,
+        vqvae: nn.Module,
         state: dict[str, Any] | None,
         progress: bool,
         should_stop: Callable[[], bool],
@@ -291,7 +330,8 @@ class _Session:
             "stage": stage.name,
             "step": step,
             "vqvae": self.vqvae.state_dict(),
-            "prior": stage.model.state_dict() if stage.name == "prior" else {},
+            "prior": {},
+            stage.name: stage.model.state_dict(),
             "optimizer": whole_optimizer(optimizer),
             "scaler": speed.scaler.state_dict(),
             "random": random,
