@@ -3,47 +3,10 @@
 
 #include <tuple>
 
-#include "../cpu/level.h"
-#include "views.h"
+#include "passes.h"
 
 namespace vqkernels {
 namespace {
-
-constexpr int64_t kPerThread = 1 << 13;  // elements below which a second thread costs more than it gains
-
-#if defined(__x86_64__)
-#define VQKERNELS_LAYER_PASS(pass, x, count, elements)                                                 \
-  const Level level = active_level();                                                                  \
-  parallel_for(count, std::max<int64_t>(1, kPerThread / std::max<int64_t>(1, elements)), [&](int64_t first, int64_t last) { \
-    if (level >= Level::avx512) return pass##_avx512(x, first, last);                                  \
-    if (level == Level::avx2) return pass##_avx2(x, first, last);                                      \
-    pass##_baseline(x, first, last);                                                                   \
-  });
-#else
-#define VQKERNELS_LAYER_PASS(pass, x, count, elements) \
-  parallel_for(count, std::max<int64_t>(1, kPerThread / std::max<int64_t>(1, elements)), [&](int64_t first, int64_t last) { pass##_baseline(x, first, last); });
-#endif
-
-template <class T> const T* read(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
-template <class T> T* written(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
-
-// Calls f with a null pointer of the tensor's element type.
-template <class F> void with_float(const Tensor& x, const F& f) {
-  if (x.scalar_type() == ScalarType::Double) return f(static_cast<double*>(nullptr));
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "expected float32 or float64");
-  f(static_cast<float*>(nullptr));
-}
-
-template <class T> using Element = std::remove_pointer_t<T>;
-
-Tensor rows_like(const Tensor& x, std::vector<int64_t> sizes) {
-  return torch::stable::empty(sizes, x.scalar_type());
-}
-
-void check_size(const Tensor& x, const Tensor& like, int64_t elements, const char* name) {
-  STD_TORCH_CHECK(x.numel() == elements, name, " must have ", elements, " elements, got ", x.numel());
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type() && x.is_contiguous(), name, " must be contiguous and of the same dtype");
-}
 
 PixelCNNGrids grids_of(const std::vector<int64_t>& grid, int64_t channels) {
   STD_TORCH_CHECK(grid.size() == 3 && grid[0] >= 0 && grid[1] >= 1 && grid[2] >= 1, "grid must be (B, H, W)");
@@ -78,7 +41,7 @@ std::tuple<Tensor, Tensor> pixelcnn_vertical_cpu(const Tensor& x, const Tensor& 
     const PixelCNNVertical<T> pass{g, transformed ? read<T>(x) : nullptr,
                                    transformed ? written<T>(above) : const_cast<T*>(read<T>(x)), read<T>(shift),
                                    last ? nullptr : written<T>(tiles)};
-    VQKERNELS_LAYER_PASS(pixelcnn_vertical, pass, g.count, g.size() * twice)
+    VQKERNELS_PASS(pixelcnn_vertical, pass, g.count, g.size() * twice)
   });
   return {above, tiles};
 }
@@ -102,7 +65,7 @@ std::tuple<Tensor, Tensor> pixelcnn_vertical_backward_cpu(const Tensor& grad_abo
     const PixelCNNVerticalBackward<T> pass{g, last ? nullptr : read<T>(grad_tiles), read<T>(grad_above), read<T>(above),
                                            read<T>(shift), transformed ? written<T>(grad) : nullptr,
                                            transformed ? nullptr : written<T>(grad), written<T>(grad_shift)};
-    VQKERNELS_LAYER_PASS(pixelcnn_vertical_backward, pass, g.count, g.size() * twice)
+    VQKERNELS_PASS(pixelcnn_vertical_backward, pass, g.count, g.size() * twice)
   });
   return {grad, grad_shift};
 }
@@ -119,7 +82,7 @@ Tensor pixelcnn_gate_cpu(const Tensor& left, const Tensor& shift, std::optional<
     using T = Element<decltype(type)>;
     const PixelCNNGate<T> pass{g, read<T>(left), read<T>(shift), scale ? read<T>(*scale) : nullptr, nullptr,
                                written<T>(gated), nullptr, nullptr};
-    VQKERNELS_LAYER_PASS(pixelcnn_gate, pass, g.count, g.size() * 2 * g.channels)
+    VQKERNELS_PASS(pixelcnn_gate, pass, g.count, g.size() * 2 * g.channels)
   });
   return gated;
 }
@@ -140,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> pixelcnn_gate_backward_cpu(const Tensor& grad
     using T = Element<decltype(type)>;
     const PixelCNNGate<T> pass{g, read<T>(left), read<T>(shift), scale ? read<T>(*scale) : nullptr, read<T>(grad),
                                written<T>(gated), written<T>(grad_left), written<T>(grad_shift)};
-    VQKERNELS_LAYER_PASS(pixelcnn_gate_backward, pass, g.count, g.size() * 2 * g.channels)
+    VQKERNELS_PASS(pixelcnn_gate_backward, pass, g.count, g.size() * 2 * g.channels)
   });
   return {grad_left, grad_shift, gated};
 }
@@ -159,7 +122,7 @@ std::tuple<Tensor, Tensor> pixelcnn_join_cpu(const Tensor& update, const Tensor&
     using T = Element<decltype(type)>;
     const PixelCNNJoin<T> pass{g, read<T>(update), read<T>(bias), residual ? read<T>(*residual) : nullptr,
                                last ? nullptr : written<T>(pairs), written<T>(features)};
-    VQKERNELS_LAYER_PASS(pixelcnn_join, pass, g.count, g.size() * 2 * g.channels)
+    VQKERNELS_PASS(pixelcnn_join, pass, g.count, g.size() * 2 * g.channels)
   });
   return {pairs, features};
 }
@@ -175,9 +138,37 @@ Tensor pixelcnn_join_backward_cpu(const Tensor& grad_pairs, const Tensor& grad_f
   with_float(grad_features, [&](auto* type) {
     using T = Element<decltype(type)>;
     const PixelCNNJoinBackward<T> pass{g, last ? nullptr : read<T>(grad_pairs), read<T>(grad_features), written<T>(grad)};
-    VQKERNELS_LAYER_PASS(pixelcnn_join_backward, pass, g.count, g.size() * 2 * g.channels)
+    VQKERNELS_PASS(pixelcnn_join_backward, pass, g.count, g.size() * 2 * g.channels)
   });
   return grad;
+}
+
+// -> the factors (6, outputs, 2C) of the tiles: Winograd's transform of a weight (outputs, C, 2, 3).
+Tensor pixelcnn_filters_cpu(const Tensor& weight_in) {
+  const Tensor weight = torch::stable::contiguous(weight_in);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 2 && weight.size(3) == 3, "weight must be (outputs, C, 2, 3)");
+  const int64_t outputs = weight.size(0), channels = weight.size(1);
+  Tensor filters = rows_like(weight, {6, outputs, 2 * channels});
+  with_float(weight, [&](auto* type) {
+    using T = Element<decltype(type)>;
+    const PixelCNNFilters<T> pass{outputs, channels, read<T>(weight), written<T>(filters)};
+    VQKERNELS_PASS(pixelcnn_filters, pass, outputs, 6 * channels)
+  });
+  return filters;
+}
+
+// -> the gradient of the weight.
+Tensor pixelcnn_filters_backward_cpu(const Tensor& grad) {
+  STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == 6 && grad.size(2) % 2 == 0 && grad.is_contiguous(),
+                  "grad must be contiguous (6, outputs, 2C)");
+  const int64_t outputs = grad.size(1), channels = grad.size(2) / 2;
+  Tensor weight = rows_like(grad, {outputs, channels, 2, 3});
+  with_float(grad, [&](auto* type) {
+    using T = Element<decltype(type)>;
+    const PixelCNNFilters<T> pass{outputs, channels, read<T>(grad), written<T>(weight)};
+    VQKERNELS_PASS(pixelcnn_filters_backward, pass, outputs, 6 * channels)
+  });
+  return weight;
 }
 
 namespace {
@@ -207,7 +198,7 @@ Tensor pixelcnn_taps_cpu(const Tensor& codes, const Tensor& table, std::vector<i
     using T = Element<decltype(type)>;
     PixelCNNTaps<T> pass = taps_of<T>(codes, table.size(0), kernel, table.size(2));
     pass.table = read<T>(table), pass.out = written<T>(out);
-    VQKERNELS_LAYER_PASS(pixelcnn_taps, pass, pass.count, pass.height * pass.width * table.size(1) * table.size(2))
+    VQKERNELS_PASS(pixelcnn_taps, pass, pass.count, pass.height * pass.width * table.size(1) * table.size(2))
   });
   return out;
 }
@@ -222,7 +213,7 @@ Tensor pixelcnn_taps_backward_cpu(const Tensor& grad, const Tensor& codes, int64
     using T = Element<decltype(type)>;
     PixelCNNTaps<T> pass = taps_of<T>(codes, rows, kernel, grad.size(1));
     pass.grad = read<T>(grad), pass.grad_table = written<T>(out);
-    VQKERNELS_LAYER_PASS(pixelcnn_taps_backward, pass, taps, grad.numel())
+    VQKERNELS_PASS(pixelcnn_taps_backward, pass, taps, grad.numel())
   });
   return out;
 }
@@ -234,6 +225,8 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels, CPU, m) {
   m.impl("pixelcnn_gate_backward", TORCH_BOX(&pixelcnn_gate_backward_cpu));
   m.impl("pixelcnn_join", TORCH_BOX(&pixelcnn_join_cpu));
   m.impl("pixelcnn_join_backward", TORCH_BOX(&pixelcnn_join_backward_cpu));
+  m.impl("pixelcnn_filters", TORCH_BOX(&pixelcnn_filters_cpu));
+  m.impl("pixelcnn_filters_backward", TORCH_BOX(&pixelcnn_filters_backward_cpu));
   m.impl("pixelcnn_taps", TORCH_BOX(&pixelcnn_taps_cpu));
   m.impl("pixelcnn_taps_backward", TORCH_BOX(&pixelcnn_taps_backward_cpu));
 }

@@ -63,6 +63,13 @@ template <class T> struct PixelCNNJoinBackward {
   T* grad;
 };
 
+// The factors (6, outputs, 2C) of the tiles from a convolution's weight (outputs, C, 2, 3), or the weight's gradient.
+template <class T> struct PixelCNNFilters {
+  int64_t outputs, channels;
+  const T* from;
+  T* to;
+};
+
 // The first layer: products with an embedding, one for each tap, are looked up by code and added.
 template <class T> struct PixelCNNTaps {
   int64_t count, height, width, channels, rows;
@@ -74,7 +81,7 @@ template <class T> struct PixelCNNTaps {
   T* grad_table;
 };
 
-// Grids [first, last); the gradient of a table: taps [first, last).
+// Grids [first, last); for filters, outputs; for the gradient of a table, taps.
 #define VQKERNELS_PIXELCNN_LAYER(level, T)                                                                \
   void pixelcnn_vertical_##level(const PixelCNNVertical<T>& x, int64_t first, int64_t last);              \
   void pixelcnn_vertical_backward_##level(const PixelCNNVerticalBackward<T>& x, int64_t first, int64_t last); \
@@ -82,6 +89,8 @@ template <class T> struct PixelCNNTaps {
   void pixelcnn_gate_backward_##level(const PixelCNNGate<T>& x, int64_t first, int64_t last);             \
   void pixelcnn_join_##level(const PixelCNNJoin<T>& x, int64_t first, int64_t last);                      \
   void pixelcnn_join_backward_##level(const PixelCNNJoinBackward<T>& x, int64_t first, int64_t last);     \
+  void pixelcnn_filters_##level(const PixelCNNFilters<T>& x, int64_t first, int64_t last);                \
+  void pixelcnn_filters_backward_##level(const PixelCNNFilters<T>& x, int64_t first, int64_t last);       \
   void pixelcnn_taps_##level(const PixelCNNTaps<T>& x, int64_t first, int64_t last);                      \
   void pixelcnn_taps_backward_##level(const PixelCNNTaps<T>& x, int64_t first, int64_t last);
 

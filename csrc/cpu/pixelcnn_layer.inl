@@ -300,6 +300,44 @@ template <class T> inline void join_backward(const PixelCNNJoinBackward<T>& x, i
     }
 }
 
+constexpr double kNormP = 2 * kP2 * (kP2 - kQ2), kNormQ = 2 * kQ2 * (kQ2 - kP2);  // of the Lagrange polynomials
+
+template <class T> inline void filters(const PixelCNNFilters<T>& x, int64_t first, int64_t last) {
+  const int64_t channels = x.channels, twice = 2 * channels, element = x.outputs * twice;
+  for (int64_t n = first; n < last; ++n)
+    for (int64_t r = 0; r < 2; ++r) {
+      const T* w = x.from + n * 3 * twice + 3 * r;
+      T* u = x.to + n * twice + r * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        const T w0 = w[6 * c], w1 = w[6 * c + 1], w2 = w[6 * c + 2];
+        const T even_p = (w0 + T(kP2) * w2) * T(1 / kNormP), odd_p = w1 * T(kP / kNormP);
+        const T even_q = (w0 + T(kQ2) * w2) * T(1 / kNormQ), odd_q = w1 * T(kQ / kNormQ);
+        u[c] = w0 * T(1 / kProduct);
+        u[element + c] = even_p + odd_p;
+        u[2 * element + c] = even_p - odd_p;
+        u[3 * element + c] = even_q + odd_q;
+        u[4 * element + c] = even_q - odd_q;
+        u[5 * element + c] = w2;
+      }
+    }
+}
+
+template <class T> inline void filters_backward(const PixelCNNFilters<T>& x, int64_t first, int64_t last) {
+  const int64_t channels = x.channels, twice = 2 * channels, element = x.outputs * twice;
+  for (int64_t n = first; n < last; ++n)
+    for (int64_t r = 0; r < 2; ++r) {
+      T* w = x.to + n * 3 * twice + 3 * r;
+      const T* u = x.from + n * twice + r * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        const T p = u[element + c], minus_p = u[2 * element + c], q = u[3 * element + c], minus_q = u[4 * element + c];
+        const T even_p = (p + minus_p) * T(1 / kNormP), even_q = (q + minus_q) * T(1 / kNormQ);
+        w[6 * c] = u[c] * T(1 / kProduct) + even_p + even_q;
+        w[6 * c + 1] = (p - minus_p) * T(kP / kNormP) + (q - minus_q) * T(kQ / kNormQ);
+        w[6 * c + 2] = u[5 * element + c] + T(kP2) * even_p + T(kQ2) * even_q;
+      }
+    }
+}
+
 template <class T> inline void taps(const PixelCNNTaps<T>& x, int64_t first, int64_t last) {
   const int64_t n = x.channels, count = x.kernel_height * x.kernel_width;
   for (int64_t grid = first; grid < last; ++grid)
@@ -353,6 +391,10 @@ template <class T> inline void taps_backward(const PixelCNNTaps<T>& x, int64_t f
   void pixelcnn_join_##level(const PixelCNNJoin<T>& x, int64_t first, int64_t last) { join(x, first, last); }          \
   void pixelcnn_join_backward_##level(const PixelCNNJoinBackward<T>& x, int64_t first, int64_t last) {                 \
     join_backward(x, first, last);                                                                                    \
+  }                                                                                                                   \
+  void pixelcnn_filters_##level(const PixelCNNFilters<T>& x, int64_t first, int64_t last) { filters(x, first, last); } \
+  void pixelcnn_filters_backward_##level(const PixelCNNFilters<T>& x, int64_t first, int64_t last) {                   \
+    filters_backward(x, first, last);                                                                                 \
   }                                                                                                                   \
   void pixelcnn_taps_##level(const PixelCNNTaps<T>& x, int64_t first, int64_t last) { taps(x, first, last); }          \
   void pixelcnn_taps_backward_##level(const PixelCNNTaps<T>& x, int64_t first, int64_t last) {                         \

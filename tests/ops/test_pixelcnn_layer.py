@@ -75,6 +75,18 @@ def test_every_simd_level_computes_the_horizontal_passes(monkeypatch, cpu_kernel
             near(ops.join_backward("cpu", *arguments), eager.join_backward(*arguments), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_simd_level_transforms_filters(monkeypatch, cpu_kernels, level, dtype):
+    at_level(monkeypatch, level)
+    for outputs, channels in ((1, 1), (6, 3), (38, 19), (128, 64)):
+        weight = torch.randn(outputs, channels, 2, 3, dtype=dtype)
+        near(ops.filters("cpu", weight), eager.filters(weight), dtype)
+        near(ops.filters("cpu", weight.transpose(0, 1)), eager.filters(weight.transpose(0, 1)), dtype)
+        grad = torch.randn(6, outputs, 2 * channels, dtype=dtype)
+        near(ops.filters_backward("cpu", grad), eager.filters_backward(grad), dtype)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kernel", [(3, 7, 3, 3), (1, 3, 0, 3), (1, 3, 1, 1), (2, 2, 0, 0)])
 def test_every_simd_level_looks_up_taps(monkeypatch, cpu_kernels, level, kernel):
@@ -96,7 +108,7 @@ def test_tiles_times_filters_are_the_convolution(width, backend):
     before, none = torch.randn(rows, 2 * channels, dtype=torch.float64), torch.zeros(batch, 2 * channels).double()
     weight = torch.randn(2 * channels, channels, 2, 3, dtype=torch.float64)
     _, tiles = ops.vertical(backend, before, none, grid, False, False)
-    found, _ = ops.vertical(backend, torch.bmm(tiles, ops.filter_matrices(weight)), none, grid, True, True)
+    found, _ = ops.vertical(backend, torch.bmm(tiles, ops.filters(backend, weight).mT), none, grid, True, True)
     content, share = before.chunk(2, dim=1)
     features = (content.tanh() * share.sigmoid()).view(batch, height, width, channels).permute(0, 3, 1, 2)
     expected = F.conv2d(F.pad(features, (1, 1, 1, 0)), weight).permute(0, 2, 3, 1).flatten(0, 2)
@@ -144,7 +156,7 @@ def test_a_nan_stays_in_its_position(cpu_kernels):
 def layer_inputs(batch: int = 3, height: int = 4, width: int = 5, channels: int = 6) -> list[torch.Tensor]:
     rows, count = batch * height * width, batch * height * eager.tiles_of(width)
     shapes = [(6, count, 2 * channels), (rows, 2 * channels), (rows, channels), (batch, 2 * channels)]
-    shapes += [(batch, 2 * channels), (6, 2 * channels, 2 * channels), (2 * channels, 2 * channels)]
+    shapes += [(batch, 2 * channels), (2 * channels, channels, 2, 3), (2 * channels, 2 * channels)]
     shapes += [(2 * channels, 2 * channels), (channels, channels), (channels,), (rows, channels)]
     return [torch.randn(shape, dtype=torch.float64) / 3 for shape in shapes]
 
@@ -236,6 +248,8 @@ def test_opcheck(cpu_kernels, overload):
         (ops.join, (grad, bias, grad, grid, False)),
         (ops.join, (grad, bias, None, grid, True)),
         (ops.join_backward, (left, grad, grid)),
+        (ops.filters, (torch.randn(8, 4, 2, 3),)),
+        (ops.filters_backward, (torch.randn(6, 8, 8),)),
         (ops.taps, (codes, table, [2, 3, 2, 1])),
         (ops.taps_backward, (grad, codes, 9, [2, 3, 2, 1])),
     ):

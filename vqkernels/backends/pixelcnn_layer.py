@@ -44,10 +44,14 @@ def tiles_of(width: int) -> int:
     return (width + OUTPUTS - 1) // OUTPUTS
 
 
-def filter_matrices(weight: Tensor) -> Tensor:
-    """(6, 2C, outputs) of a convolution's weight (outputs, C, 2, 3): the factors of the tiles."""
-    filters = _FILTERS.to(weight)
-    return torch.einsum("ek,ncrk->ercn", filters, weight).flatten(1, 2)
+def filters(weight: Tensor) -> Tensor:
+    """(6, outputs, 2C) of a convolution's weight (outputs, C, 2, 3): the factors of the tiles."""
+    return torch.einsum("ek,ncrk->enrc", _FILTERS.to(weight), weight).flatten(2).contiguous()
+
+
+def filters_backward(grad: Tensor) -> Tensor:
+    parts = grad.unflatten(2, (2, grad.shape[2] // 2))
+    return torch.einsum("ek,enrc->ncrk", _FILTERS.to(grad), parts).contiguous()
 
 
 def vertical(x: Tensor, shift: Tensor, grid: list[int], transformed: bool, last: bool) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,7 @@ class PixelCNN(nn.Module):
     def forward(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Logits (B, K, H, W) of codes (B, H, W) int64 given labels (B,); those at a position depend on earlier ones.
 
-        On the CPU the logits are a view of rows (B, H, W, K), and they can be differentiated once.
+        On the CPU they can be differentiated once, and not twice.
 
         Args:
             labels: for a class-conditional prior; with `label_dropout`, -1 stands for no label.

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vqkernels.backends import registry
-from vqkernels.ops.pixelcnn_layer import filter_matrices, gated_layer, look_up_taps, start_layer
+from vqkernels.ops.pixelcnn_head import logits_of_rows
+from vqkernels.ops.pixelcnn_layer import gated_layer, look_up_taps, start_layer
 
 NARROWEST = 3  # columns of a grid below which a tile of four outputs costs more than the convolution
 
@@ -55,8 +55,8 @@ def serves(model: Model, codes: Tensor, condition: Tensor | None) -> bool:
 
 
 def logits(model: Model, codes: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
-    """(B, K, H, W), a view of rows (B H W, K), of codes (B, H, W) that `serves` accepted."""
-    batch, height, width = grid = (codes.shape[0], codes.shape[1], codes.shape[2])
+    """(B, K, H, W) of codes (B, H, W) that `serves` accepted."""
+    grid = (codes.shape[0], codes.shape[1], codes.shape[2])
     layers: list[Any] = list(model.layers)
     head: list[Any] = list(model.head)
     first, *others = layers
@@ -68,15 +68,13 @@ def logits(model: Model, codes: Tensor, labels: Tensor | None, condition: Tensor
     )  # fmt: skip
     for number, layer in enumerate(others, 1):
         tiles, pairs, features = gated_layer(
-            tiles, pairs, features, _shifts(layer, labels, given, grid), filter_matrices(layer.vertical.weight),
+            tiles, pairs, features, _shifts(layer, labels, given, grid), layer.vertical.weight,
             _across(layer), layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1), *_output(layer, grid),
             grid, last=number == len(others), backend="cpu",
         )  # fmt: skip
     activation, hidden, _, last = head
-    found = activation(features)
-    found = F.relu(F.linear(found, hidden.weight.flatten(1), hidden.bias), inplace=True)
-    found = F.linear(found, last.weight.flatten(1), last.bias)
-    return found.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    weights = hidden.weight.flatten(1), hidden.bias, last.weight.flatten(1), last.bias
+    return logits_of_rows(activation(features), *weights, grid, "cpu")
 
 
 def _first_convolutions(model: Model, layer: Any, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backends import pixelcnn_layer as eager
-from ..backends.pixelcnn_layer import ELEMENTS, filter_matrices, tiles_of
+from ..backends.pixelcnn_layer import ELEMENTS, tiles_of
 from .registration import Operation
 
-__all__ = ["filter_matrices", "gated_layer", "look_up_taps", "start_layer"]
+__all__ = ["gated_layer", "look_up_taps", "start_layer"]
 
 
 def _tile_shape(grid: list[int], channels: int) -> tuple[int, int, int]:
@@ -55,6 +55,14 @@ def _fake_join(
 
 def _fake_join_backward(grad_pairs: Tensor, grad_features: Tensor, grid: list[int]) -> Tensor:
     return grad_features.new_empty(grad_features.shape)
+
+
+def _fake_filters(weight: Tensor) -> Tensor:
+    return weight.new_empty((ELEMENTS, weight.shape[0], 2 * weight.shape[1]))
+
+
+def _fake_filters_backward(grad: Tensor) -> Tensor:
+    return grad.new_empty((grad.shape[1], grad.shape[2] // 2, 2, 3))
 
 
 def _fake_taps(codes: Tensor, table: Tensor, kernel: list[int]) -> Tensor:
@@ -101,6 +109,10 @@ join_backward = Operation(
     _fake_join_backward,
     eager.join_backward,
 )
+filters = Operation("pixelcnn_filters", "(Tensor weight) -> Tensor", _fake_filters, eager.filters)
+filters_backward = Operation(
+    "pixelcnn_filters_backward", "(Tensor grad) -> Tensor", _fake_filters_backward, eager.filters_backward
+)
 taps = Operation("pixelcnn_taps", "(Tensor codes, Tensor table, int[] kernel) -> Tensor", _fake_taps, eager.taps)
 taps_backward = Operation(
     "pixelcnn_taps_backward",
@@ -115,12 +127,13 @@ class _GatedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, tiles, pairs, features, shift_v, shift_h, filters, across, beside, output, bias, scale, grid, last, backend
+        ctx, tiles, pairs, features, shift_v, shift_h, weight, across, beside, output, bias, scale, grid, last, backend
     ):
-        above, next_tiles = vertical(backend, torch.bmm(tiles, filters), shift_v, grid, True, last)
+        factors = filters(backend, weight)
+        above, next_tiles = vertical(backend, torch.bmm(tiles, factors.mT), shift_v, grid, True, last)
         left = torch.mm(above, across).addmm_(pairs, beside)
         update = torch.mm(gate(backend, left, shift_h, scale, grid), output)
-        kept = (tiles, pairs, shift_v, shift_h, filters, across, beside, output, scale, above, left)
+        kept = (tiles, pairs, shift_v, shift_h, factors, across, beside, output, scale, above, left)
         ctx.save_for_backward(*kept)
         ctx.arguments = grid, backend
         return next_tiles, *join(backend, update, bias, features, grid, last)
@@ -138,7 +151,7 @@ class _GatedLayerBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, grad_tiles, grad_pairs, grad_features, tiles, pairs, shift_v, shift_h, filters, across, beside, output,
+        ctx, grad_tiles, grad_pairs, grad_features, tiles, pairs, shift_v, shift_h, factors, across, beside, output,
         scale, above, left, grid, backend, needed,
     ):  # fmt: skip
         grad = join_backward(backend, grad_pairs.contiguous(), grad_features.contiguous(), grid)
@@ -147,12 +160,12 @@ class _GatedLayerBackward(torch.autograd.Function):
             backend, grad_left @ across.t(), grad_tiles.contiguous(), above, shift_v, grid, True
         )
         return (
-            torch.bmm(grad_products, filters.mT) if needed[0] else None,
+            torch.bmm(grad_products, factors) if needed[0] else None,
             grad_left @ beside.t() if needed[1] else None,
             grad if needed[2] else None,
             grad_shift_v if needed[3] else None,
             grad_shift_h if needed[4] else None,
-            torch.bmm(tiles.mT, grad_products) if needed[5] else None,
+            filters_backward(backend, torch.bmm(grad_products.mT, tiles)) if needed[5] else None,
             above.t() @ grad_left if needed[6] else None,
             pairs.t() @ grad_left if needed[7] else None,
             gated.t() @ grad if needed[8] else None,
@@ -275,7 +288,7 @@ def gated_layer(
     pairs: Tensor,
     features: Tensor,
     shifts: tuple[Tensor, Tensor],
-    filters: Tensor,
+    weight: Tensor,
     across: Tensor,
     beside: Tensor,
     output: Tensor,
@@ -293,7 +306,7 @@ def gated_layer(
         pairs: (B H W, 2C), the horizontal stack, each feature behind that of its left neighbour.
         features: (B H W, C), the horizontal stack, for the residual connection.
         shifts: of the vertical and of the horizontal gate, (B, 2C) or (B H W, 2C): all biases, label and condition.
-        filters: (6, 2C, 2C), from `filter_matrices`.
+        weight: (2C, C, 2, 3), of the vertical convolution.
         across: (2C, 2C), from the vertical to the horizontal stack.
         beside: (2C, 2C), the horizontal convolution; the left neighbour's C rows first.
         output, bias: (C, C) and (C,), behind the horizontal gate.
@@ -306,5 +319,5 @@ def gated_layer(
         RuntimeError: where a second derivative is asked for.
     """
     return _GatedLayer.apply(
-        tiles, pairs, features, *shifts, filters, across, beside, output, bias, scale, list(grid), last, backend
+        tiles, pairs, features, *shifts, weight, across, beside, output, bias, scale, list(grid), last, backend
     )
