@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vqkernels.backends import registry
 from vqkernels.ops.pixelcnn_head import logits_of_rows
@@ -62,13 +63,14 @@ def logits(model: Model, codes: Tensor, labels: Tensor | None, condition: Tensor
     first, *others = layers
     above, beside = _first_convolutions(model, first, codes.contiguous())
     given = None if condition is None else condition.permute(0, 2, 3, 1).flatten(0, 2)  # [B H W, C']
+    shifts = _shifts(layers, labels, given, grid)
     tiles, pairs, features = start_layer(
-        above, beside, _shifts(first, labels, given, grid), _across(first), *_output(first, grid), grid,
+        above, beside, shifts[0], _across(first), *_output(first, grid), grid,
         last=not others, backend="cpu",
     )  # fmt: skip
     for number, layer in enumerate(others, 1):
         tiles, pairs, features = gated_layer(
-            tiles, pairs, features, _shifts(layer, labels, given, grid), layer.vertical.weight,
+            tiles, pairs, features, shifts[number], layer.vertical.weight,
             _across(layer), layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1), *_output(layer, grid),
             grid, last=number == len(others), backend="cpu",
         )  # fmt: skip
@@ -97,20 +99,29 @@ def _first_convolutions(model: Model, layer: Any, codes: Tensor) -> tuple[Tensor
 
 
 def _shifts(
-    layer: Any, labels: Tensor | None, condition: Tensor | None, grid: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """What both gates add to their features, (B, 2C) or with a condition (B H W, 2C): biases, label, condition."""
+    layers: list[Any], labels: Tensor | None, condition: Tensor | None, grid: tuple[int, int, int]
+) -> list[tuple[Tensor, Tensor]]:
+    """What each layer's gates add to their features, (B, 2C) or with a condition (B H W, 2C): biases, label, condition.
+
+    Made for all layers at once: there are many small tensors in it.
+    """
     batch, height, width = grid
-    own = layer.vertical.bias
-    across = layer.vertical_to_horizontal.weight.flatten(1) @ own + layer.vertical_to_horizontal.bias
-    shift = torch.cat([own, across + layer.horizontal.bias]).expand(batch, -1)
-    if layer.class_bias is not None and labels is not None:
-        shift = shift + layer.label_bias(labels)
-    if layer.condition is not None and condition is not None:
-        here = condition @ layer.condition.weight.flatten(1).t()
-        shift = (here.view(batch, height * width, -1) + shift[:, None]).flatten(0, 1)
-    vertical, horizontal = shift.chunk(2, dim=1)
-    return vertical.contiguous(), horizontal.contiguous()
+    own = torch.stack([layer.vertical.bias for layer in layers])  # [L, 2C]
+    across = torch.stack([layer.vertical_to_horizontal.weight.flatten(1) for layer in layers])  # [L, 2C, 2C]
+    beside = torch.bmm(across, own[:, :, None])[:, :, 0]
+    for part in ("vertical_to_horizontal", "horizontal"):
+        beside = beside + torch.stack([getattr(layer, part).bias for layer in layers])
+    shift = torch.stack([own, beside], 1)[:, :, None].expand(-1, -1, batch, -1)  # [L, 2, B, 2C]
+    if labels is not None:
+        biases = torch.cat([layer.class_bias.weight for layer in layers], 1)  # [classes, L 4C]
+        label = F.embedding(labels.clamp_min(0), biases) * (labels >= 0)[:, None]  # -1 adds nothing
+        shift = shift + label.view(batch, len(layers), 2, -1).permute(1, 2, 0, 3)
+    if condition is not None:
+        weights = torch.cat([layer.condition.weight.flatten(1) for layer in layers])  # [L 4C, C']
+        here = (condition @ weights.t()).view(batch, height * width, len(layers), 2, -1)
+        shift = (here.permute(2, 3, 0, 1, 4) + shift[:, :, :, None]).flatten(2, 3)
+    parts = shift.contiguous().flatten(0, 1).unbind(0)
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _across(layer: Any) -> Tensor:
@@ -127,8 +138,10 @@ def _output(layer: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, Ten
 
 
 def _convolves(layer: Any) -> bool:
-    parts = (layer.vertical, layer.horizontal, layer.vertical_to_horizontal, layer.output)
-    return all(isinstance(part, nn.Conv2d) for part in parts)
+    parts = [layer.vertical, layer.horizontal, layer.vertical_to_horizontal, layer.output]
+    parts += [] if layer.condition is None else [layer.condition]
+    has_labels = layer.class_bias is None or isinstance(layer.class_bias, nn.Embedding)
+    return has_labels and all(isinstance(part, nn.Conv2d) for part in parts)
 
 
 def _has_head(head: nn.Sequential) -> bool:
