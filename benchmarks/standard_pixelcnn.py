@@ -81,7 +81,7 @@ class MaskedConvolution(nn.Conv2d):
 class MaskedLayer(nn.Module):
     """The gated layer of `vqkernels.models.pixelcnn` with full kernels."""
 
-    def __init__(self, first: bool, dim: int, kernel: int, classes: int) -> None:
+    def __init__(self, first: bool, dim: int, kernel: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.first, half = first, kernel // 2
         square, row = torch.zeros(kernel, kernel), torch.zeros(1, kernel)
@@ -92,22 +92,23 @@ class MaskedLayer(nn.Module):
         self.vertical_to_horizontal = nn.Conv2d(2 * dim, 2 * dim, 1)
         self.output = nn.Conv2d(dim, dim, 1)
         self.class_bias = nn.Embedding(classes, 4 * dim)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         above = self.vertical(vertical)
         left = self.horizontal(horizontal) + self.vertical_to_horizontal(above)
         vertical_bias, horizontal_bias = self.class_bias(labels)[:, :, None, None].chunk(2, dim=1)
-        result = self.output(_gate(left + horizontal_bias))
+        result = self.output(self.dropout(_gate(left + horizontal_bias)))
         return _gate(above + vertical_bias), result if self.first else result + horizontal
 
 
 class MaskedPixelCNN(nn.Module):
     """`vqkernels.models.PixelCNN` with full, masked kernels: the same function of the weights that a mask keeps."""
 
-    def __init__(self, codes: int, dim: int, layers: int, classes: int, head: int = 512) -> None:
+    def __init__(self, codes: int, dim: int, layers: int, classes: int, head: int = 512, dropout: float = 0.0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(codes, dim)
-        self.layers = nn.ModuleList(MaskedLayer(i == 0, dim, 3 if i else 7, classes) for i in range(layers))
+        self.layers = nn.ModuleList(MaskedLayer(i == 0, dim, 3 if i else 7, classes, dropout) for i in range(layers))
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, head, 1), nn.ReLU(), nn.Conv2d(head, codes, 1))
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The command for a machine with a GPU: rehearsed whole on the CPU, and its rule that nothing wrong is timed."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-STEPS = {"correctness", "accumulation", "grid", "model", "questions", "entropy", "entropy times"}
+STEPS = {"correctness", "accumulation", "grid", "model", "full model", "questions", "entropy", "entropy times"}
 
 
 def command(out, *options, **environment):
@@ -70,6 +71,35 @@ def test_nothing_is_timed_after_something_was_wrong(tmp_path, monkeypatch):
     summary = (tmp_path / "summary.txt").read_text()
     assert "grid: not run, since something before was wrong" in summary
     assert not (tmp_path / "grid.json").exists()
+
+
+def test_the_full_model_is_rehearsed_with_the_losses_of_the_usual_one(monkeypatch):
+    """Alone: with the package's own operators, every flag but those that compile."""
+    import torch
+
+    from benchmarks.hardware import full_model
+    from benchmarks.hardware.setting import Setting
+
+    setting = Setting(torch.device("cpu"), True, 1e12)
+    rows = list(full_model.full_model(setting))
+    assert [row["what"].partition(": ")[2] for row in rows] == [
+        "VQ-VAE training step",
+        "prior training step",
+        "sampling",
+    ]
+    for row in rows[:2]:
+        assert row["ok"], row
+        assert {"usual", "no flag", "channels last", "bfloat16", "float16"} <= set(row["times"])
+        assert all(entry == {"rehearsed": True} for entry in row["times"].values()), row
+    monkeypatch.setattr(full_model, "usual_vqvae", lambda model: copy.deepcopy(model).apply(_moved))
+    row = next(iter(full_model.full_model(setting)))
+    assert row["ok"] is False and "times" not in row
+
+
+def _moved(module):
+    """Makes another model of it."""
+    if hasattr(module, "bias") and module.bias is not None:
+        module.bias.data.add_(1)
 
 
 def test_an_error_and_the_clock_leave_complete_files(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from vqkernels.training.build import load_vqvae
 from vqkernels.training.codes import CodesDirectory
 from vqkernels.training.config import RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images
+from vqkernels.training.errors import UserError
 from vqkernels.training.loop import train
 from vqkernels.training.pictures import to_pixels
 
@@ -158,6 +159,45 @@ def test_an_unreadable_image_is_named_and_nothing_is_lost(run, tmp_path, capsys)
     (folder / "4.png").write_bytes(whole)
     assert encode(run, tmp_path / "codes", "--data", folder, "--shard-images", 2) == 0
     assert len(everything(tmp_path / "codes")) == 6
+
+
+def test_threads_that_read_ahead_keep_the_order(run, digits, tmp_path, monkeypatch):
+    """Every later piece is read sooner than the one before it."""
+    from vqkernels.training import tokenization
+    from vqkernels.training.images import ArraySource
+
+    assert encode(run, tmp_path / "codes", "--data", "digits", "--shard-images", 100) == 0
+    read, begun = ArraySource.read, []
+
+    def late(self, start, stop):
+        begun.append(start)
+        time.sleep(0.03 * (3 - (start // 100) % 4))
+        return read(self, start, stop)
+
+    monkeypatch.setattr(tokenization, "READERS", 4)
+    monkeypatch.setattr(ArraySource, "read", late)
+    assert encode(run, tmp_path / "late", "--data", "digits", "--shard-images", 100) == 0
+    assert len(begun) == 18
+    assert torch.equal(everything(tmp_path / "codes"), everything(tmp_path / "late"))
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run(run, tmp_path, capsys, monkeypatch):
+    """It is written by a thread of its own; what was whole before it stays, and the run can be continued."""
+    write = CodesDirectory.write
+
+    def full(self, shard, *rest):
+        if shard == 2:
+            raise UserError("the disk is full")
+        write(self, shard, *rest)
+
+    options = ("--data", "digits", "--shard-images", 300)
+    monkeypatch.setattr(CodesDirectory, "write", full)
+    assert encode(run, tmp_path / "codes", *options) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert CodesDirectory(tmp_path / "codes").missing() == [2, 3, 4, 5]
+    monkeypatch.undo()
+    assert encode(run, tmp_path / "codes", *options) == 0
+    assert CodesDirectory(tmp_path / "codes").missing() == []
 
 
 @pytest.mark.slow

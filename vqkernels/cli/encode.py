@@ -16,6 +16,7 @@ from vqkernels.training.codes import MAX_SHARDS, CodesDirectory, CodesIndex, Con
 from vqkernels.training.data import open_source
 from vqkernels.training.errors import UserError
 from vqkernels.training.images import JoinedSource, Source, Splits
+from vqkernels.training.speed import Speed
 from vqkernels.training.tokenization import encode_shards
 
 
@@ -32,7 +33,7 @@ class EncodeArguments:
     split: Literal["all", "train", "test"] = "all"
     """all: the training images, then those of the test split, if the source brings one."""
     shard_images: int = 4096
-    """Images in a file; memory holds about one file."""
+    """Images in a file; memory holds about two files."""
     container: Container = "npy"
     """npy, or parquet, which needs pyarrow."""
     device: str = "auto"
@@ -76,6 +77,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     left = sum(end - first for first, end in map(index.bounds, {*directory.missing(), *damaged}))
     device = next(vqvae.parameters()).device
+    Speed(export.config.speed, device).lay_out(vqvae)
     with tqdm(total=left, desc="encoding", unit="image", leave=False, disable=None if rank == 0 else True) as bar:
         # The other ranks are about as far.
         count = encode_shards(

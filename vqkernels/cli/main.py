@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "draw images from a trained prior",
     "encode": "turn images into codes on disk, with a trained VQ-VAE",
     "decode": "turn codes back into images",
+    "compare": "train VQ-VAE and VAE side by side, and write a report",
     "demo": "train on scanned digits and measure the result, in a few minutes",
     "info": "show version, machine and backends",
     "verify": "prove the kernels on this machine's GPU, so that they are used",
@@ -20,7 +21,21 @@ COMMANDS = {
     "attack": "search for a wrong index in every backend",
 }
 CORE = frozenset({"info", "verify", "attack", "bench", "swap"})  # commands that need torch alone
-EXTRA = frozenset({"PIL", "numpy", "safetensors", "sklearn", "tensorboard", "tomli", "tomli_w", "tqdm", "tyro"})
+EXTRA = frozenset(
+    {
+        "PIL",
+        "filelock",
+        "matplotlib",
+        "numpy",
+        "safetensors",
+        "sklearn",
+        "tensorboard",
+        "tomli",
+        "tomli_w",
+        "tqdm",
+        "tyro",
+    }
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from vqkernels.backends import registry
-from vqkernels.models import VQVAE, PixelCNN, Prior, TransformerPrior
+from vqkernels.models import VAE, VQVAE, PixelCNN, Prior, TransformerPrior
+from vqkernels.models.likelihoods import Likelihood
 from vqkernels.training.checkpoint import Export, ImageFormat, read_export
 from vqkernels.training.config import RunConfig
 from vqkernels.training.errors import UserError
@@ -40,7 +41,8 @@ def check_backend(name: str, device: torch.device) -> None:
         raise UserError(str(error)) from error
 
 
-def build_vqvae(config: RunConfig, images: ImageFormat) -> VQVAE:
+def build_vqvae(config: RunConfig, images: ImageFormat, likelihood: Likelihood | None = None) -> VQVAE:
+    """The VQ-VAE; a likelihood that is given goes before that of the configuration."""
     chosen = config.vqvae
     return VQVAE(
         images.channels,
@@ -54,8 +56,29 @@ def build_vqvae(config: RunConfig, images: ImageFormat) -> VQVAE:
         ema_decay=chosen.ema_decay,
         init=chosen.init,
         revive=chosen.revive,
-        likelihood=chosen.likelihood,
+        likelihood=chosen.likelihood if likelihood is None else likelihood,
         backend=config.backend,
+    )
+
+
+def build_vae(config: RunConfig, images: ImageFormat, likelihood: Likelihood | None = None) -> VAE:
+    """The VAE with the sizes that the configuration gives the VQ-VAE; likelihood as in `build_vqvae`.
+
+    Raises:
+        UserError: there is no likelihood.
+    """
+    chosen = config.vqvae
+    distribution = chosen.likelihood if likelihood is None else likelihood
+    if distribution is None:
+        raise UserError("a VAE needs vqvae.likelihood, but it is not set")
+    return VAE(
+        images.channels,
+        hidden_channels=chosen.hidden_channels,
+        code_dim=chosen.code_dim,
+        downsamplings=chosen.downsamplings,
+        residual_blocks=chosen.residual_blocks,
+        residual_channels=chosen.residual_channels,
+        likelihood=distribution,
     )
 
 
@@ -94,6 +117,8 @@ def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, Export]:
     """
     export = read_export(path)
     state = _state(export, "vqvae")
+    if not state:
+        raise UserError(f"the run {path} holds no VQ-VAE, but the weights of another model at stage '{export.stage}'")
     layers = max(export.config.vqvae.downsamplings, export.config.vqvae.residual_blocks)
     vqvae = _filled(lambda: build_vqvae(export.config, export.images), state, layers, path)
     return vqvae.to(device).eval(), export

@@ -173,7 +173,7 @@ class RunDirectory:
         """Write `model.safetensors` from a state."""
         tensors = {
             f"{model}.{name}": tensor.detach().cpu().contiguous()
-            for model in ("vqvae", "prior")
+            for model in ("vqvae", "prior")  # the models of other stages are read from state.pt alone
             for name, tensor in state[model].items()
         }
         header = {

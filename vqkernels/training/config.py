@@ -15,6 +15,7 @@ import tomli_w
 import tyro
 
 from vqkernels.training.errors import UserError
+from vqkernels.training.speed import SpeedConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -103,6 +104,7 @@ class RunConfig:
     """Steps between checkpoints, each with an evaluation on held-out images."""
     picture_every: int = 1000
     """Steps between image grids; there is always one at the end of a stage."""
+    speed: Annotated[SpeedConfig, tyro.conf.arg(name="")] = field(default_factory=SpeedConfig)
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
 
@@ -121,6 +123,8 @@ class RunConfig:
             _at_least(1, stage, "hidden_channels", "batch_size", "steps", prefix=f"{name}.")
             if not stage.learning_rate > 0:
                 raise UserError(f"{name}.learning_rate must be positive, but is {stage.learning_rate}")
+        if self.speed.cuda_graphs and not self.speed.compile:
+            raise UserError("speed.cuda_graphs needs speed.compile")
         _at_least(1, self.vqvae, "code_dim", "codebook_size", "downsamplings", prefix="vqvae.")
         _at_least(0, self.vqvae, "residual_blocks", "beta", prefix="vqvae.")
         if self.vqvae.residual_channels is not None:
@@ -224,7 +228,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(choice) for choice in get_args(hint) if choice is not NoneType)
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
-    return {int: "a whole number", float: "a number", str: "a string"}.get(hint, "a table")
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(hint, "a table")
 
 
 def _at_least(least: int, config: Any, *names: str, prefix: str = "") -> None:

@@ -49,17 +49,19 @@ def decode_image(encoded: Path | bytes, name: str, color: Color, size: tuple[int
         with _opened(encoded) as image:
             if size is not None and sorted(image.size) != sorted(size):
                 raise WrongSize(*image.size)
-            if image.format != "PNG":
-                converted = _convert(image, color)
+            whole = image.format != "PNG"
+            if whole:
+                image = _converted(image, color)
             else:
                 image.verify()  # the checksums; decoding alone accepts a file that lacks its end
-                with _opened(encoded) as again:
-                    converted = _convert(again, color)
+        if not whole:
+            with _opened(encoded) as image:
+                image = _converted(image, color)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"the image {name} cannot be read: {error}") from error
-    if size is not None and converted.size != size:
-        raise WrongSize(*converted.size)
-    return np.asarray(converted).reshape(converted.height, converted.width, len(converted.getbands()))
+    if size is not None and image.size != size:
+        raise WrongSize(*image.size)
+    return np.asarray(image).reshape(image.height, image.width, len(image.getbands()))
 
 
 class WrongSize(Exception):
@@ -81,7 +83,7 @@ def _opened(encoded: Path | bytes) -> Image.Image:
     return image
 
 
-def _convert(image: Image.Image, color: Color) -> Image.Image:
+def _converted(image: Image.Image, color: Color) -> Image.Image:
     """The image upright, in another mode of pixels."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip these at 255

@@ -8,6 +8,7 @@ Started by `torchrun`, the processes share every batch: at an equal global batch
 to the order of summation. The first process alone writes.
 """
 
+import dataclasses
 import math
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from vqkernels.models import VQVAE, Prior
@@ -29,7 +31,8 @@ from vqkernels.training.errors import DiskFull, Diverged, UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
 from vqkernels.training.ranks import Ranks, joined
-from vqkernels.training.sharding import is_sharded, part_optimizer, whole_optimizer, whole_weights
+from vqkernels.training.sharding import is_sharded, whole_optimizer, whole_weights
+from vqkernels.training.speed import Speed, SpeedConfig
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 
 # what may be changed when a run is resumed; the data may move, but its images must be the same
@@ -43,6 +46,7 @@ FREE = {
     "picture_every",
     "vqvae.steps",
     "prior.steps",
+    *(f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)),
 }
 
 
@@ -100,6 +104,7 @@ def _train(
         if stage == "prior" and not resume:
             raise UserError("the prior is trained on a finished VQ-VAE: give its run directory, and --resume")
         check_backend(config.backend, device)
+        Speed(config.speed, device)  # refuses what this machine cannot do
         return run, _load(config)
 
     looked = ranks.on_first(look)
@@ -149,6 +154,44 @@ def _train(
             run.release()
 
 
+def train_stage(
+    stage: TrainingStage,
+    config: RunConfig,
+    data: ImageData,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train a model that is not `train`'s, in one process and a run directory of its own; False if stopped.
+
+    Args:
+        stage: the model, and what is asked of it; its name is none of `train`'s.
+        config, data: what the stage was made from.
+        out, resume, progress, should_stop: as in `train`.
+
+    Raises:
+        UserError: as in `train`.
+    """
+    config.check()
+    run = RunDirectory(out, resume=resume)
+    run.acquire()
+    try:
+        state = run.load_state() if resume else None
+        if state is not None:
+            _check_resumable(state, config, data, out, stage.name)
+        run.begin(config)
+        images = ImageFormat(data.channels, *data.size, data.class_names)
+        ranks = Ranks(0, 1, pick_device(config.device))
+        session = _Session(run, config, data, images, nn.Module(), state, progress, should_stop, ranks)
+        finished = session.run_stage(stage)
+        stage.model.eval()
+        return finished
+    finally:
+        run.release()
+
+
 def _load(config: RunConfig) -> ImageData:
     return load_images(config.data, color=config.color, held_out=config.held_out, seed=config.seed)
 
@@ -162,7 +205,7 @@ class _Session:
         config: RunConfig,
         data: ImageData,
         images: ImageFormat,
-        vqvae: VQVAE,
+        vqvae: nn.Module,
         state: dict[str, Any] | None,
         progress: bool,
         should_stop: Callable[[], bool],
@@ -175,6 +218,9 @@ class _Session:
     def run_stage(self, stage: TrainingStage) -> bool:
         """Train what is left of a stage; False if stopped."""
         config, steps = stage.config, stage.config.steps
+        speed = Speed(self.config.speed, self.device)
+        if stage.name == "vqvae":
+            speed.lay_out(stage.model)
         step, state = 0, self.state if self.state is not None and self.state["stage"] == stage.name else None
         if self.ranks.number > 1:  # as many streams of random numbers as processes
             torch.manual_seed(torch.initial_seed() + 1000 * self.ranks.rank)
@@ -182,10 +228,11 @@ class _Session:
             step = state["step"]
             stage.model.load_state_dict(state[stage.name])
         stage.model.train()
-        stage.forward = self.ranks.wrap(stage.model, self.config.parallel)
-        optimizer = torch.optim.Adam(stage.forward.parameters(), lr=config.learning_rate)
+        self.trained = self.ranks.wrap(stage.model, self.config.parallel)
+        stage.forward = speed.forward(self.trained)
+        optimizer = speed.optimizer(self.trained.parameters(), config.learning_rate)
         if state is not None:
-            optimizer.load_state_dict(part_optimizer(optimizer, state["optimizer"]))
+            speed.load(optimizer, state)
             if self.ranks.rank < len(state["random"]):
                 _set_random_state(state["random"][self.ranks.rank], self.device)
         batches = Batches(len(self.data.train), config.batch_size, self.config.seed)
@@ -208,13 +255,13 @@ class _Session:
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * _schedule(config.schedule, step, steps)
                 indices = batches.indices(step)
-                loss, metrics = stage.loss(self.ranks.share(indices))
+                speed.begin_step()
+                with speed.autocast():
+                    loss, metrics = stage.loss(self.ranks.share(indices))
                 watch.see(step + 1, loss)
                 if self.device.type == "cpu" and self.ranks.number == 1:  # elsewhere asking means to wait
                     self._check_finite(watch, stage, batches, step + 1)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+                speed.learn(loss, optimizer)
                 step, images_seen = step + 1, images_seen + len(indices)
                 bar.update()
                 stopped, last = self.ranks.any(self.should_stop()), step == steps
@@ -237,8 +284,8 @@ class _Session:
                 if drawn and log is not None:
                     self._draw(stage, step, log)
                 if checkpoint:
-                    self._save(stage, step, optimizer, log)
-                if is_sharded(stage.forward):
+                    self._save(stage, step, optimizer, speed, log)
+                if is_sharded(self.trained):
                     stage.model.cpu()
         finally:
             bar.close()
@@ -249,8 +296,8 @@ class _Session:
 
     def _collect(self, stage: TrainingStage) -> None:
         """Bring what the processes hold in parts into the whole model, so that it can be looked at."""
-        if is_sharded(stage.forward):
-            stage.model.load_state_dict(whole_weights(stage.forward))
+        if is_sharded(self.trained):
+            stage.model.load_state_dict(whole_weights(self.trained))
             stage.model.to(self.device)
 
     def _evaluate(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
@@ -268,7 +315,14 @@ class _Session:
                 tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
             log.picture(step, name, grid)
 
-    def _save(self, stage: TrainingStage, step: int, optimizer: torch.optim.Optimizer, log: MetricsLog | None) -> None:
+    def _save(
+        self,
+        stage: TrainingStage,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        speed: Speed,
+        log: MetricsLog | None,
+    ) -> None:
         random = self.ranks.gather(_random_state(self.device))
         self.state = {
             "config": self.config.to_toml(),
@@ -276,8 +330,10 @@ class _Session:
             "stage": stage.name,
             "step": step,
             "vqvae": self.vqvae.state_dict(),
-            "prior": stage.model.state_dict() if stage.name == "prior" else {},
+            "prior": {},
+            stage.name: stage.model.state_dict(),
             "optimizer": whole_optimizer(optimizer),
+            "scaler": speed.scaler.state_dict(),
             "random": random,
             "metrics_length": 0 if log is None else log.sync(),
         }
@@ -290,7 +346,7 @@ class _Session:
         """Raise Diverged if a loss was not finite, or (when asked) a weight is not: no such checkpoint is written."""
         seen = watch.first()
         first = None if seen is None else (seen[0], "loss", seen[1])
-        if first is None and weights and not is_finite(stage.forward):
+        if first is None and weights and not is_finite(self.trained):
             first = step, "weight", math.nan
         if not self.ranks.any(first is not None):
             return

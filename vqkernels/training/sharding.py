@@ -41,8 +41,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def whole_weights(sharded: nn.Module) -> dict[str, Tensor]:
     """The state dict of the whole model, on the CPU of every process; all must call it."""
-    plain = getattr(sharded, "_orig_mod", sharded)  # torch.compile puts a prefix before the names
-    return {name: _whole(x) for name, x in plain.state_dict().items()}
+    return {name: _whole(x) for name, x in sharded.state_dict().items()}
 
 
 def whole_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -52,14 +51,11 @@ def whole_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": parts}
 
 
-def part_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict of one process as this process loads it: its part of what belongs to a sharded parameter.
-
-    All must call it.
-    """
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state dict of one process; of a sharded parameter every process takes its part. All must call it."""
     parameters = [x for group in optimizer.param_groups for x in group["params"]]
     parts = {key: {name: _part(x, parameters[key]) for name, x in part.items()} for key, part in state["state"].items()}
-    return {**state, "state": parts}
+    optimizer.load_state_dict({**state, "state": parts})
 
 
 def _whole(x: Any) -> Any:

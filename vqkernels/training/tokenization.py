@@ -1,8 +1,13 @@
-"""From images to codes and back, piece by piece: the next images are read while these are encoded."""
+"""From images to codes and back, piece by piece.
+
+Threads read the next pieces, in order, and write the last shard while this piece is encoded.
+"""
 
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -13,6 +18,7 @@ from vqkernels.training.images import ImageSet, Source
 from vqkernels.training.pictures import to_pixels
 
 CHUNK = 256  # images in one forward pass; the chunks of a shard are always the same, so that its codes are
+READERS = min(4, os.cpu_count() or 1)  # threads that decode images
 
 
 @torch.no_grad()
@@ -26,7 +32,7 @@ def encode_shards(
     ranks: int = 1,
     encoded: Callable[[int], object] = lambda count: None,
 ) -> int:
-    """Writes what is missing or damaged, of `ranks` processes what falls to this one; memory is that of one shard.
+    """Writes what is missing or damaged, of `ranks` processes what falls to this one; memory is that of two shards.
 
     Args:
         vqvae: in eval mode, on the device.
@@ -38,15 +44,21 @@ def encode_shards(
     mine = [shard for shard in sorted({*out.missing(), *out.damaged()}) if shard % ranks == rank]
     pieces = [(shard, start) for shard in mine for start in range(*out.index.bounds(shard), CHUNK)]
     count, codes, labels = 0, [], []
-    for (shard, start), images in zip(pieces, _ahead(source, out, pieces), strict=True):
-        codes.append(vqvae.encode(images.batch(slice(None), device)).cpu())
-        if images.labels is not None:
-            labels.append(images.labels)
-        count += len(images)
-        encoded(len(images))
-        if start + len(images) == out.index.bounds(shard)[1]:
-            out.write(shard, torch.cat(codes), torch.cat(labels) if labels else None)
-            codes, labels = [], []
+    with ThreadPoolExecutor(1) as writer:
+        written: Future[None] | None = None
+        for (shard, start), images in zip(pieces, _ahead(source, out, pieces), strict=True):
+            codes.append(vqvae.encode(images.batch(slice(None), device)).cpu())
+            if images.labels is not None:
+                labels.append(images.labels)
+            count += len(images)
+            encoded(len(images))
+            if start + len(images) == out.index.bounds(shard)[1]:
+                if written is not None:
+                    written.result()  # what went wrong with it ends the run here
+                written = writer.submit(out.write, shard, torch.cat(codes), torch.cat(labels) if labels else None)
+                codes, labels = [], []
+        if written is not None:
+            written.result()
     return count
 
 
@@ -62,17 +74,20 @@ def decode_shards(vqvae: VQVAE, codes: CodesDirectory, device: torch.device) -> 
 
 
 def _ahead(source: Source, out: CodesDirectory, pieces: list[tuple[int, int]]) -> Iterator[ImageSet]:
-    """The images of every piece, each read while the one before is in use."""
+    """The images of every piece, in their order; some are read while the one before is in use."""
 
     def read(piece: tuple[int, int]) -> ImageSet:
         shard, start = piece
         return source.read(start, min(start + CHUNK, out.index.bounds(shard)[1]))
 
-    with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read, piece) for piece in pieces[:1]]
-        for piece in pieces[1:]:
-            images = coming.pop().result()
-            coming.append(reader.submit(read, piece))
-            yield images
-        for future in coming:
-            yield future.result()
+    with ThreadPoolExecutor(READERS) as readers:
+        coming: deque[Future[ImageSet]] = deque()
+        try:
+            for number in range(len(pieces) + READERS):
+                if number < len(pieces):
+                    coming.append(readers.submit(read, pieces[number]))
+                if number >= READERS:
+                    yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()

@@ -1,0 +1,44 @@
+"""The benchmark of `encode`: runs end to end, and times nothing where the codes on disk are not the model's."""
+
+import json
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def encoding():
+    pytest.importorskip("tyro")
+    from benchmarks import encoding
+
+    return encoding
+
+
+def test_a_quick_run_writes_figures_and_table(encoding, tmp_path):
+    encoding.main(["--quick", "--threads", "1", "--out", str(tmp_path / "encoding.json")])
+    told = json.loads((tmp_path / "encoding.json").read_text())["encoding"]
+    for kind in ("npy", "jpeg"):
+        assert told["share"][kind] == pytest.approx(told["seconds"]["network"] / told["seconds"][kind])
+    text = (tmp_path / "encoding.md").read_text()
+    assert "| `encode`, JPEGs |" in text and "reading jpeg alone" in text and "(goal 90%)" in text
+
+
+def test_nothing_is_timed_where_images_are_out_of_order(encoding, monkeypatch):
+    from vqkernels.training import tokenization
+
+    ahead = tokenization._ahead
+
+    def swapped(*arguments):
+        first, second, *rest = ahead(*arguments)
+        yield from (second, first, *rest)
+
+    monkeypatch.setattr(tokenization, "_ahead", swapped)
+    with pytest.raises(SystemExit, match="are not those of the model: nothing is timed"):
+        encoding.measure(512, 8, 1, None)
