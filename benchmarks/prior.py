@@ -1,6 +1,7 @@
 """How fast the PixelCNN prior samples and trains, beside the samplers and layers that everyone writes.
 
     python -m benchmarks.prior --out benchmarks/results/prior.json
+    python -m benchmarks.prior --training-only --out training.json     # a few minutes
 
 Sampling: ours from caches; the plain sampler, a full forward pass of the same model for every code, without autograd;
 and `generate` of the widespread GatedPixelCNN (benchmarks/standard_pixelcnn.py), which runs with autograd as it does
@@ -150,10 +151,10 @@ def table(cells: list[dict], steps: list[dict], facts: dict[str, str]) -> str:
     lines = [
         f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; "
         f"{LAYERS} layers, K = {CODES}. Seconds for a batch of grids; ~ extrapolated from some of the positions.",
-        "",
-        "| channels | grid | batch | cached | plain | standard | × plain | × standard |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    if cells:
+        lines += ["", "| channels | grid | batch | cached | plain | standard | × plain | × standard |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
     for cell in cells:
         told = {name: f"{value:.3g}" for name, value in cell["seconds"].items()}
         told |= {name: f"~{told[name]}" for name in cell["extrapolated"]}
@@ -216,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=12.0, help="seconds for each slow sampler of a cell")
     parser.add_argument("--training-batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7, help="training steps timed of each model")
+    parser.add_argument("--training-only", action="store_true", help="no sampling, and no plot of it")
     parser.add_argument("--quick", action="store_true", help="one tiny cell, to see that it runs")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -226,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     cells, steps = [], []
     for channels in options.channels:
         for side in options.sides:
-            for batch in options.batches:
+            for batch in [] if options.training_only else options.batches:
                 cells.append(sampling(channels, side, batch, options.budget))
                 last = cells[-1]
                 print(
@@ -239,7 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     text = table(cells, steps, facts)
     options.out.with_suffix(".md").write_text(text)
-    draw(options.out.with_suffix(".png"), cells)
+    if cells:
+        draw(options.out.with_suffix(".png"), cells)
     print(text)
 
 

@@ -26,6 +26,8 @@ DRAWN = {
     "ops/residual": {"ops/checks", "ops/registration"},
     "ops/entropy": {"ops/checks", "ops/registration"},
     "ops/kmeans": {"ops/checks", "ops/merging", "ops/nearest", "ops/registration", "ops/seeding", "ops/statistics"},
+    "ops/pixelcnn_head": {"ops/registration"},
+    "ops/pixelcnn_layer": {"ops/registration"},
     "ops/pixelcnn_step": {"ops/registration"},
     "ops/sample": {"ops/checks", "ops/nearest", "ops/registration"},
     "ops/snapshot": {"ops/registration"},

@@ -26,6 +26,20 @@ def test_a_quick_run_writes_figures_table_and_plot(tmp_path, capsys):
     assert "× plain" in capsys.readouterr().out
 
 
+def test_training_alone_can_be_measured(tmp_path):
+    from benchmarks import prior
+
+    before = torch.get_num_threads()
+    try:
+        prior.main(["--quick", "--training-only", "--threads", "1", "--out", str(tmp_path / "training.json")])
+    finally:
+        torch.set_num_threads(before)
+    result = json.loads((tmp_path / "training.json").read_text())
+    assert result["sampling"] == [] and result["training"][0]["times_masked"] > 0
+    assert "times the masked model" in (tmp_path / "training.md").read_text()
+    assert not (tmp_path / "training.png").exists()
+
+
 def test_a_missed_target_is_said():
     from benchmarks import prior
 

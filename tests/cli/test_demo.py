@@ -1,8 +1,9 @@
-"""`vqkernels demo`: the figures it prints, in full."""
+"""`vqkernels demo`: the figures it prints, in full, and its report."""
 
 import re
 
 import pytest
+from training.report.test_report import check_self_contained
 
 from vqkernels.cli.main import main
 
@@ -14,6 +15,10 @@ def test_the_demo_meets_its_figures(tmp_path, capsys):
     assert re.findall(r"PASS|—", output) == ["PASS", "PASS", "PASS"], output
     pictures = re.findall(r"^  (.*\.png)$", output, re.MULTILINE)
     assert {"reconstructions", "samples"} == {re.sub(r".*/(\w+)_\d+\.png", r"\1", picture) for picture in pictures}
+    text = (tmp_path / "demo" / "report.html").read_text()
+    check_self_contained(text)
+    printed = re.findall(r"^(.*\S) +([\d.]+)%? +(?:PASS|—)", output, re.MULTILINE)
+    assert len(printed) == 3 and all(f"<td>{name}</td><td>{value}" in text for name, value in printed)
     # what is finished is measured again, not trained again
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     figures = re.compile(r"^.*PASS.*$", re.MULTILINE)

@@ -42,7 +42,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "demo"])
+@pytest.mark.parametrize("command", ["train", "sample", "demo", "compare"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

@@ -84,7 +84,7 @@ def test_a_resumed_run_keeps_its_prior(run, tmp_path, capsys):
     assert main(["train", "--out", str(out), "--resume", "--prior.steps", "5"]) == 0
     assert (read_export(out).step, read_export(out).config.prior.model) == (5, "transformer")
     capsys.readouterr()
-    sentence = "was begun with another prior.model; a resumed run cannot change it"
+    sentence = "was begun with another prior.model (transformer, now pixelcnn); a resumed run cannot change it"
     assert sentence in fails(capsys, "train", "--out", out, "--resume", "--prior", "pixelcnn")
 
 

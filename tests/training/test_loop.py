@@ -201,10 +201,10 @@ def test_a_diverging_run_keeps_its_last_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "change,sentence",
     [
-        ({"seed": 1}, "begun with another seed;"),
-        ({"vqvae": {"code_dim": 5}}, r"begun with another vqvae\.code_dim;"),
-        ({"prior": {"dropout": 0.5}}, r"begun with another prior\.dropout;"),
-        ({"vqvae": {"steps": 100}}, r"begun with another vqvae\.steps;"),
+        ({"seed": 1}, r"begun with another seed \(0, now 1\);"),
+        ({"vqvae": {"code_dim": 5}}, r"begun with another vqvae\.code_dim \(4, now 5\);"),
+        ({"prior": {"dropout": 0.5}}, r"begun with another prior\.dropout \(0\.2, now 0\.5\);"),
+        ({"vqvae": {"steps": 100}}, r"begun with another vqvae\.steps \(8, now 100\);"),
     ],
 )
 def test_what_a_resumed_run_cannot_change(straight, change, sentence):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vqkernels.training.batches import Batches
 from vqkernels.training.checkpoint import read_export
 from vqkernels.training.errors import UserError
 from vqkernels.training.ranks import Ranks
@@ -105,3 +106,23 @@ def test_a_process_gets_its_part_of_a_batch():
     assert torch.equal(ranks.share(torch.arange(6)), torch.tensor([2, 3]))
     with pytest.raises(UserError, match="a batch of 7 images cannot be shared by 3 processes equally"):
         ranks.share(torch.arange(7))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 6])
+def test_processes_read_an_epoch_once_in_a_new_order_whatever_their_number(number):
+    """The parts are disjoint and make up the batch of one process; a step needs nothing of the steps before it."""
+    alone = Batches(60, 12, seed=3)
+    epochs = []
+    for epoch in range(2):
+        seen = []
+        for step in range(5 * epoch, 5 * epoch + 5):
+            parts = []
+            for rank in range(number):
+                ranks = Ranks(0, 1, torch.device("cpu"))
+                ranks.rank, ranks.number = rank, number
+                parts.append(ranks.share(Batches(60, 12, seed=3).indices(step)))  # as one that has just resumed
+            assert torch.equal(torch.cat(parts), alone.indices(step))
+            seen += parts
+        epochs.append(torch.cat(seen))
+        assert epochs[-1].sort().values.tolist() == list(range(60))
+    assert not torch.equal(*epochs)

@@ -1,5 +1,6 @@
 """`vqkernels decode`: the images of encoded codes, as one .npy file or a folder of PNGs."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,12 @@ def run(arguments: Sequence[str]) -> int:
     if not parsed.out.parent.is_dir():
         raise UserError(f"the folder {parsed.out.parent} for --out does not exist")
     device = pick_device(parsed.device)
-    vqvae, _ = load_vqvae(parsed.run, device)
+    vqvae, export = load_vqvae(parsed.run, device)
     codes = CodesDirectory(parsed.codes)
     if codes.index.model != fingerprint(vqvae):
         raise UserError(f"the codes in {parsed.codes} are of another model: that of the run '{codes.index.run}'")
+    if vqvae.latent_size(codes.index.shape[1:]) != codes.index.codes or codes.index.shape[0] != export.images.channels:
+        raise UserError(f"{parsed.codes / 'index.json'} does not fit the model: its images do not have such codes")
     missing = codes.missing()
     if missing:
         raise UserError(
@@ -77,10 +80,16 @@ def _to_folder(vqvae: VQVAE, codes: CodesDirectory, out: Path, device: torch.dev
     number = 0
     for images, labels in _pieces(vqvae, codes, device):
         for position, image in enumerate(images):
-            folder = out if labels is None else out / codes.index.class_names[int(labels[position])]
+            folder = out if labels is None else out / _plain(codes.index.class_names[int(labels[position])])
             folder.mkdir(parents=True, exist_ok=True)
             save_png(image, folder / f"{number:08d}.png")
             number += 1
+
+
+def _plain(name: str) -> str:
+    """A class name as that of one folder, whatever it holds: an index may come from a stranger."""
+    plain = re.sub(r"[/\\\0]", "_", name)
+    return plain if plain not in ("", ".", "..") else "_"
 
 
 def _pieces(vqvae: VQVAE, codes: CodesDirectory, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -1,6 +1,7 @@
 """`vqkernels demo`: everything on scanned digits, measured, in a few minutes on one core."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from typing import Literal
 import torch
 import tyro
 
+from vqkernels.bench import machine
 from vqkernels.cli.train import train_interruptibly
 from vqkernels.training.checkpoint import holds_run
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.evaluation import evaluate_digits
+from vqkernels.training.report import write_html
+from vqkernels.training.run_report import run_document
 from vqkernels.training.speed import SpeedConfig
 
 
@@ -70,9 +74,23 @@ def run(arguments: Sequence[str]) -> int:
     if not trained.finished or trained.prior is None:
         return 1
     print("\nJudged by a support vector machine trained on the real training digits:")
-    for figure in evaluate_digits(trained.vqvae, trained.prior, trained.data, seed=parsed.seed):
+    figures = evaluate_digits(trained.vqvae, trained.prior, trained.data, seed=parsed.seed)
+    for figure in figures:
         print(figure)
-    print(f"\n{time.monotonic() - start:.0f} seconds in all; the pictures:")
+    seconds = time.monotonic() - start
+    report = run_document(
+        config,
+        trained.vqvae,
+        trained.prior,
+        trained.data,
+        figures,
+        parsed.out / "metrics.jsonl",
+        machine.facts(torch.get_num_threads()),
+        shlex.join(["vqkernels", "demo", "--seed", str(parsed.seed), "--amp", parsed.amp]),
+        seconds=seconds,
+    )
+    write_html(report, parsed.out / "report.html")
+    print(f"\n{seconds:.0f} seconds in all; the report: {parsed.out / 'report.html'}; the pictures:")
     for picture in sorted((parsed.out / "pictures").iterdir()):
         print(f"  {picture}")
     return 0

@@ -1,6 +1,7 @@
 """`vqkernels encode`: any source of images becomes shards of codes; killed, it goes on; under torchrun it is shared."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from vqkernels.training.build import load_vqvae, pick_device
-from vqkernels.training.codes import CodesDirectory, CodesIndex, Container, fingerprint
+from vqkernels.training.codes import MAX_SHARDS, CodesDirectory, CodesIndex, Container, fingerprint
 from vqkernels.training.data import open_source
 from vqkernels.training.errors import UserError
 from vqkernels.training.images import JoinedSource, Source, Splits
@@ -21,7 +22,7 @@ from vqkernels.training.tokenization import encode_shards
 
 @dataclass(frozen=True)
 class EncodeArguments:
-    """Encode images into codes. Run it again to continue; under torchrun the processes share the work."""
+    """Encode images into codes. Run it again to continue; under 'torchrun ... -m vqkernels -- encode' it is shared."""
 
     run: Path
     """The run directory of a trained VQ-VAE."""
@@ -48,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     color = {1: "grey", 3: "rgb", 4: "rgba"}[export.images.channels]
     splits = open_source(parsed.data, color=color)  # type: ignore[arg-type]
     source = _chosen(splits, parsed.split, parsed.data)
+    if -(-len(source) // parsed.shard_images) > MAX_SHARDS:
+        raise UserError(f"--shard-images must be so large that {MAX_SHARDS} shards do, but is {parsed.shard_images}")
     directory = CodesDirectory(
         parsed.out,
         CodesIndex(
@@ -66,7 +69,13 @@ def run(arguments: Sequence[str]) -> int:
         ),
     )
     index = directory.index
-    left = sum(end - first for first, end in map(index.bounds, directory.missing()))
+    damaged = directory.damaged()
+    if damaged and rank == 0:
+        print(
+            f"{len(damaged)} of {index.shards} shards in {parsed.out} are damaged and are encoded again",
+            file=sys.stderr,
+        )
+    left = sum(end - first for first, end in map(index.bounds, {*directory.missing(), *damaged}))
     device = next(vqvae.parameters()).device
     Speed(export.config.speed, device).lay_out(vqvae)
     with tqdm(total=left, desc="encoding", unit="image", leave=False, disable=None if rank == 0 else True) as bar:

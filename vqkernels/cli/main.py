@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "draw images from a trained prior",
     "encode": "turn images into codes on disk, with a trained VQ-VAE",
     "decode": "turn codes back into images",
+    "compare": "train VQ-VAE and VAE side by side, and write a report",
     "demo": "train on scanned digits and measure the result, in a few minutes",
     "info": "show version, machine and backends",
     "verify": "prove the kernels on this machine's GPU, so that they are used",
@@ -20,11 +21,28 @@ COMMANDS = {
     "attack": "search for a wrong index in every backend",
 }
 CORE = frozenset({"info", "verify", "attack", "bench", "swap"})  # commands that need torch alone
-EXTRA = frozenset({"PIL", "numpy", "safetensors", "sklearn", "tensorboard", "tomli", "tomli_w", "tqdm", "tyro"})
+EXTRA = frozenset(
+    {
+        "PIL",
+        "filelock",
+        "matplotlib",
+        "numpy",
+        "safetensors",
+        "sklearn",
+        "tensorboard",
+        "tomli",
+        "tomli_w",
+        "tqdm",
+        "tyro",
+    }
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for an interrupted training, 2 for a mistake in what was asked."""
+    """Run a command; returns the exit status.
+
+    0: done; 1: a training was interrupted or diverged, or the disk is full; 2: a mistake in what was asked.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["-h"], ["--help"]):
         print(_usage())
@@ -59,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except UserError as error:
         print(f"vqkernels {name}: {error}", file=sys.stderr)
-        return 2
+        return error.status
 
 
 def _usage() -> str:

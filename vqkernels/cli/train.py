@@ -5,7 +5,8 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ import tyro
 
 from vqkernels.training.checkpoint import RunDirectory, read_run_config
 from vqkernels.training.config import RunConfig, read_config
+from vqkernels.training.data import resolved
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import Trained, train
 
@@ -47,8 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     config = parsed.run
-    if config.data != "digits" and Path(config.data).exists():  # found again when resumed from elsewhere
-        config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
+    config = dataclasses.replace(config, data=resolved(config.data))  # found again when resumed from elsewhere
     trained = train_interruptibly(config, parsed.out, stage=parsed.stage, resume=parsed.resume)
     if not trained.finished:
         return 1
@@ -61,6 +62,16 @@ def train_interruptibly(
     config: RunConfig, out: Path, *, stage: Literal["vqvae", "prior", "all"] = "all", resume: bool = False
 ) -> Trained:
     """`loop.train` with a progress bar; Ctrl-C and SIGTERM write a checkpoint and end it."""
+    with stop_signals() as stopped:
+        trained = train(config, out, stage=stage, resume=resume, progress=True, should_stop=stopped)
+    if not trained.finished and int(os.environ.get("RANK", 0)) == 0:
+        print(f"interrupted; a checkpoint is written, continue with --resume in {out}", file=sys.stderr)
+    return trained
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM has come; while this is asked they end nothing by themselves."""
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -68,13 +79,10 @@ def train_interruptibly(
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        trained = train(config, out, stage=stage, resume=resume, progress=True, should_stop=lambda: bool(received))
+        yield lambda: bool(received)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if not trained.finished and int(os.environ.get("RANK", 0)) == 0:
-        print(f"interrupted; a checkpoint is written, continue with --resume in {out}", file=sys.stderr)
-    return trained
 
 
 def _base(arguments: Sequence[str]) -> RunConfig:

@@ -1,5 +1,6 @@
 """Full models on the layers of `vqkernels.nn`: the VQ-VAE and its autoregressive priors, and the VAE beside it."""
 
+from vqkernels.models.autoregressive_decoder import AutoregressiveDecoder
 from vqkernels.models.pixelcnn import PixelCNN
 from vqkernels.models.pixelcnn_loading import from_gated_pixelcnn
 from vqkernels.models.transformer import TransformerPrior
@@ -9,6 +10,7 @@ from vqkernels.models.vqvae import VQVAE, VQVAELosses
 __all__ = [
     "VAE",
     "VQVAE",
+    "AutoregressiveDecoder",
     "PixelCNN",
     "Prior",
     "TransformerPrior",

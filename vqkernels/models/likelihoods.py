@@ -50,6 +50,10 @@ class Likelihood(ABC):
     def sample(self, parameters: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """An image (B, C, H, W) whose values are among the 256."""
 
+    def score(self, parameters: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x), (B,), and the image (B, C, H, W) that is expected."""
+        return self.log_prob(parameters, x), self.mean(parameters)
+
 
 class DiscretisedGaussian(Likelihood):
     """A normal distribution for every channel of a pixel, over the bins: mean and log scale, P = 2 C."""
@@ -189,12 +193,16 @@ KINDS: dict[str, type[Likelihood]] = {
 }
 
 
-def make_likelihood(name: Name, channels: int) -> Likelihood:
-    """The likelihood of this name for images of `channels` channels.
+def make_likelihood(name: Name | Likelihood, channels: int) -> Likelihood:
+    """The likelihood of this name for images of `channels` channels; one that is made already is returned.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is none of this name, or it was made for other images.
     """
+    if isinstance(name, Likelihood):
+        if name.channels != channels:
+            raise ValueError(f"the likelihood must be of {channels} channels, but is of {name.channels}")
+        return name
     if name not in KINDS:
         raise ValueError(f"likelihood must be one of {', '.join(KINDS)}, but is {name!r}")
     return KINDS[name](channels)

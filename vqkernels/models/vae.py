@@ -29,7 +29,7 @@ class VAE(Autoencoder):
 
     Args:
         code_dim: channels of a latent.
-        likelihood: of 8-bit images, see `vqkernels.models.likelihoods`.
+        likelihood: of 8-bit images, see `vqkernels.models.likelihoods`: a name, or one that is made already.
         kl_weight: 1 is the bound; less, or a rise from 0, is known as beta-VAE or warm-up.
         in_channels, hidden_channels, downsamplings, residual_blocks, residual_channels: as in `VQVAE`.
 
@@ -46,7 +46,7 @@ class VAE(Autoencoder):
         downsamplings: int = 2,
         residual_blocks: int = 2,
         residual_channels: int | None = None,
-        likelihood: Name = "logistic_mixture",
+        likelihood: Name | Likelihood = "logistic_mixture",
         kl_weight: float = 1.0,
     ) -> None:
         if code_dim < 1:
@@ -74,9 +74,10 @@ class VAE(Autoencoder):
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         decoded = self._crop(self.decoder(latents), x.shape[-2], x.shape[-1])
         elements = max(x.numel(), 1)  # 0 for an empty batch
-        error = -self.likelihood.log_prob(decoded, x).sum() / elements
+        log_prob, reconstruction = self.likelihood.score(decoded, x)
+        error = -log_prob.sum() / elements
         kl = kl_from_standard_normal(mean, log_variance).sum() / elements
-        return self.likelihood.mean(decoded), latents, VAELosses(error + self.kl_weight * kl, error, kl)
+        return reconstruction, latents, VAELosses(error + self.kl_weight * kl, error, kl)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z | x), (B, code_dim, h, w) each."""
@@ -89,6 +90,15 @@ class VAE(Autoencoder):
             self._check_size((latents.shape[-2], latents.shape[-1]), size)
         decoded = self.decoder(latents)
         return self.likelihood.mean(decoded if size is None else self._crop(decoded, *size))
+
+    def log_prob(self, x: Tensor, latents: Tensor) -> Tensor:
+        """log p(x | z), (B,) in nats, of images x (B, C, H, W) and latents (B, code_dim, h, w).
+
+        Raises:
+            ValueError: images of this size do not have (h, w) latents.
+        """
+        self._check_size((latents.shape[-2], latents.shape[-1]), (x.shape[-2], x.shape[-1]))
+        return self.likelihood.log_prob(self._crop(self.decoder(latents), x.shape[-2], x.shape[-1]), x)
 
     @torch.no_grad()
     def bits_per_dim(self, x: Tensor, *, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:

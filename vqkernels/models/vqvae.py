@@ -38,7 +38,7 @@ class VQVAE(Autoencoder):
         init, revive: how the codes begin, and what becomes of those that nobody uses; see `VectorQuantizer`.
         likelihood: None: the decoder gives the image, trained by its squared error. A name: it gives the parameters of
             a distribution over 8-bit images (`vqkernels.models.likelihoods`), trained by -log p(x | codes), and
-            `bits_per_dim` can be asked for.
+            `bits_per_dim` can be asked for. A `Likelihood`, such as an `AutoregressiveDecoder`, is used as it is.
         backend: who computes the quantization, see `vqkernels.use_backend`.
 
     Images whose sides are no multiple of `2 ** downsamplings` are continued at the lower and right edge (by repeating
@@ -62,7 +62,7 @@ class VQVAE(Autoencoder):
         ema_decay: float | None = None,
         init: str = "uniform",
         revive: str = "off",
-        likelihood: Name | None = None,
+        likelihood: Name | Likelihood | None = None,
         backend: str = "auto",
     ) -> None:
         distribution = None if likelihood is None else make_likelihood(likelihood, in_channels)
@@ -102,7 +102,8 @@ class VQVAE(Autoencoder):
         if self.likelihood is None:
             reconstruction, error = decoded, F.mse_loss(decoded, x, reduction="sum")
         else:
-            reconstruction, error = self.likelihood.mean(decoded), -self.likelihood.log_prob(decoded, x).sum()
+            log_prob, reconstruction = self.likelihood.score(decoded, x)
+            error = -log_prob.sum()
         error = error / max(x.numel(), 1)  # 0 for an empty batch
         return reconstruction, indices, VQVAELosses(error + quantization, error, quantization)
 
@@ -152,6 +153,16 @@ class VQVAE(Autoencoder):
         )
         dimensions = x[0].numel()
         return bits_per_dimension(nats, dimensions) + bits_per_code * indices[0].numel() / dimensions
+
+    def log_prob(self, x: Tensor, indices: Tensor) -> Tensor:
+        """log p(x | codes), (B,) in nats, of images x (B, C, H, W) and codes (B, h, w), whosesoever they are.
+
+        Raises:
+            ValueError: the model has no likelihood, or images of this size do not have (h, w) codes.
+        """
+        if self.likelihood is None:
+            raise ValueError("log_prob needs a likelihood: build the VQVAE with likelihood='logistic_mixture'")
+        return self.likelihood.log_prob(self._decoded(indices, (x.shape[-2], x.shape[-1])), x)
 
     def _decoded(self, indices: Tensor, size: tuple[int, int] | None) -> Tensor:
         """What the decoder gives for codes (B, h, w), cropped to an image of this size."""

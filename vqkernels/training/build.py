@@ -1,14 +1,20 @@
 """Models from a configuration and the format of the images."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from vqkernels.backends import registry
-from vqkernels.models import VQVAE, PixelCNN, Prior, TransformerPrior
+from vqkernels.models import VAE, VQVAE, PixelCNN, Prior, TransformerPrior
+from vqkernels.models.likelihoods import Likelihood
 from vqkernels.training.checkpoint import Export, ImageFormat, read_export
 from vqkernels.training.config import RunConfig
 from vqkernels.training.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,7 +41,8 @@ def check_backend(name: str, device: torch.device) -> None:
         raise UserError(str(error)) from error
 
 
-def build_vqvae(config: RunConfig, images: ImageFormat) -> VQVAE:
+def build_vqvae(config: RunConfig, images: ImageFormat, likelihood: Likelihood | None = None) -> VQVAE:
+    """The VQ-VAE; a likelihood that is given goes before that of the configuration."""
     chosen = config.vqvae
     return VQVAE(
         images.channels,
@@ -49,8 +56,29 @@ def build_vqvae(config: RunConfig, images: ImageFormat) -> VQVAE:
         ema_decay=chosen.ema_decay,
         init=chosen.init,
         revive=chosen.revive,
-        likelihood=chosen.likelihood,
+        likelihood=chosen.likelihood if likelihood is None else likelihood,
         backend=config.backend,
+    )
+
+
+def build_vae(config: RunConfig, images: ImageFormat, likelihood: Likelihood | None = None) -> VAE:
+    """The VAE with the sizes that the configuration gives the VQ-VAE; likelihood as in `build_vqvae`.
+
+    Raises:
+        UserError: there is no likelihood.
+    """
+    chosen = config.vqvae
+    distribution = chosen.likelihood if likelihood is None else likelihood
+    if distribution is None:
+        raise UserError("a VAE needs vqvae.likelihood, but it is not set")
+    return VAE(
+        images.channels,
+        hidden_channels=chosen.hidden_channels,
+        code_dim=chosen.code_dim,
+        downsamplings=chosen.downsamplings,
+        residual_blocks=chosen.residual_blocks,
+        residual_channels=chosen.residual_channels,
+        likelihood=distribution,
     )
 
 
@@ -88,8 +116,11 @@ def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, Export]:
         UserError: there is no run, or it has no checkpoint yet.
     """
     export = read_export(path)
-    vqvae = build_vqvae(export.config, export.images)
-    vqvae.load_state_dict(_state(export, "vqvae"))
+    state = _state(export, "vqvae")
+    if not state:
+        raise UserError(f"the run {path} holds no VQ-VAE, but the weights of another model at stage '{export.stage}'")
+    layers = max(export.config.vqvae.downsamplings, export.config.vqvae.residual_blocks)
+    vqvae = _filled(lambda: build_vqvae(export.config, export.images), state, layers, path)
     return vqvae.to(device).eval(), export
 
 
@@ -106,9 +137,29 @@ def load_models(path: Path, device: torch.device) -> tuple[VQVAE, Prior, Export]
             f"the run {path} has no prior yet (its VQ-VAE is at step {export.step}); "
             f"train it with 'vqkernels train --out {path} --resume'"
         )
-    prior = build_prior(export.config, export.images, vqvae)
-    prior.load_state_dict(state)
+    prior = _filled(
+        lambda: build_prior(export.config, export.images, vqvae), state, export.config.prior.num_layers, path
+    )
     return vqvae, prior.to(device).eval(), export
+
+
+def _filled(build: Callable[[], M], state: dict[str, torch.Tensor], layers: int, path: Path) -> M:
+    """The model with these weights.
+
+    It is first built without memory: a file whose configuration promises more than its tensors costs nothing.
+    """
+    try:
+        if layers > len(state):
+            raise ValueError(f"its configuration has {layers} layers, but there are {len(state)} tensors")
+        with torch.device("meta"):
+            shapes = {name: x.shape for name, x in build().state_dict().items()}
+        if shapes != {name: x.shape for name, x in state.items()}:
+            raise ValueError("its tensors are not those of its configuration")
+        model = build()
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path / 'model.safetensors'} is damaged: {str(error).splitlines()[0]}") from error
+    return model
 
 
 def _state(export: Export, model: str) -> dict[str, torch.Tensor]:

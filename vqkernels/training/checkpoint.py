@@ -15,7 +15,7 @@ exports again if the process died between the two; sampling reads `model.safeten
 import errno
 import json
 import os
-import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,7 +27,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from vqkernels.training.config import FORMAT, RunConfig, read_config
-from vqkernels.training.errors import UserError
+from vqkernels.training.errors import DiskFull, UserError
 
 EXPORT_FORMAT = "vqkernels-model-1"
 
@@ -55,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace a file by what `write` writes; a reader sees the old content or the new one, never a part.
 
     Raises:
-        UserError: the disk is full; the old content is still there.
+        DiskFull: the old content is still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -66,8 +66,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise UserError(f"the disk is full: {path} cannot be written, and is as it was before") from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"the disk is full: {path} cannot be written, and is as it was before") from error
         raise
     if os.name == "posix":  # the new name itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
@@ -154,8 +154,11 @@ class RunDirectory:
         if not self.state_file.exists():
             return None
         try:
+            with zipfile.ZipFile(self.state_file) as archive:  # torch does not look at the checksums
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
             state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file fails in any way
             raise UserError(f"the checkpoint {self.state_file} is damaged and cannot be read") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise UserError(f"the checkpoint {self.state_file} was not written by this version of vqkernels")
@@ -170,7 +173,7 @@ class RunDirectory:
         """Write `model.safetensors` from a state."""
         tensors = {
             f"{model}.{name}": tensor.detach().cpu().contiguous()
-            for model in ("vqvae", "prior")
+            for model in ("vqvae", "prior")  # the models of other stages are read from state.pt alone
             for name, tensor in state[model].items()
         }
         header = {
@@ -221,11 +224,13 @@ def read_export(path: Path) -> Export:
         raise UserError(f"{file} is damaged and cannot be read") from error
     if header.get("format") != EXPORT_FORMAT:
         raise UserError(f"{file} was not written by this version of vqkernels")
-    images = json.loads(header["images"])
-    return Export(
-        RunConfig.from_toml(header["config"], str(file)),
-        ImageFormat(images["channels"], images["height"], images["width"], tuple(images["class_names"])),
-        header["stage"],
-        int(header["step"]),
-        tensors,
-    )
+    config = RunConfig.from_toml(header.get("config", ""), str(file)).check()
+    try:
+        images = ImageFormat(**json.loads(header["images"]))
+        images = images._replace(class_names=tuple(map(str, images.class_names)))
+        stage, step = header["stage"], int(header["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the header of {file} is damaged: {error}") from error
+    if any(not isinstance(x, int) or x < 1 for x in images[:3]):
+        raise UserError(f"the header of {file} is damaged: images of {images[:3]}")
+    return Export(config, images, stage, step, tensors)

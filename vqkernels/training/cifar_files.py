@@ -1,7 +1,7 @@
 """CIFAR-10 as its authors publish it: binary batches, which are mapped, or Python batches.
 
 A Python batch is a pickle. It is opened by an unpickler that makes NumPy arrays and plain containers and nothing else,
-so a file from a stranger cannot run code.
+so a file from a stranger cannot run code; and no array larger than the file, so it cannot fill the memory either.
 """
 
 import pickle
@@ -15,14 +15,8 @@ from vqkernels.training.images import ArraySource, JoinedSource, Source, Splits
 
 SIDE, CHANNELS = 32, 3
 PIXELS = CHANNELS * SIDE * SIDE
+MAX_PICKLE = 1 << 30  # bytes; the published batches have 31 million
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_ARRAYS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
-}
 
 
 def cifar_batches(folder: Path) -> dict[str, list[Path]]:
@@ -72,6 +66,8 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if path.stat().st_size > MAX_PICKLE:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_PICKLE} that are read")
     try:
         with open(path, "rb") as file:
             batch = _Unpickler(file, encoding="bytes").load()
@@ -83,8 +79,31 @@ def _pickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return pixels.reshape(-1, CHANNELS, SIDE, SIDE), labels
 
 
+def _empty_array(kind: object, shape: object, code: object) -> np.ndarray:
+    """How the pickle of an array begins: its shape and its bytes follow, and NumPy holds one to the other."""
+    if shape != (0,):
+        raise pickle.UnpicklingError(f"it asks for an array of shape {shape} without its bytes")
+    return np.ndarray((0,), np.uint8)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 pickles bytes for Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}, which no batch needs")
+    return text.encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): "the kind of array, never called",
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("_codecs", "encode"): _latin1,
+}
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAYS:
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch needs")
-        return super().find_class(module, name)
+        return _ALLOWED[module, name]

@@ -13,9 +13,10 @@ no image can be lost or written twice. A shard is moved into place when it is wh
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from vqkernels.training.errors import UserError
 
 FORMAT = "vqkernels-codes-1"
 Container = Literal["npy", "parquet"]
+MAX_COUNT = 1 << 40
+MAX_SHARDS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,25 @@ class CodesIndex:
     labelled: bool
     shard_images: int
     container: Container
+
+    def check(self) -> "CodesIndex":
+        """Return self.
+
+        Raises:
+            ValueError: a value is of another type than it should be, or out of range.
+        """
+        for name in ("model", "run", "data", "split"):
+            _require(isinstance(getattr(self, name), str), name, "a string", getattr(self, name))
+        for name in ("images", "codebook_size", "shard_images"):
+            _require(_sizes(getattr(self, name)), name, f"a whole number from 1 to {MAX_COUNT}", getattr(self, name))
+        for name, axes in (("shape", 3), ("codes", 2)):
+            sizes = getattr(self, name)
+            _require(len(sizes) == axes and _sizes(*sizes), name, f"{axes} sizes, each at least 1", sizes)
+        _require(all(isinstance(name, str) for name in self.class_names), "class_names", "strings", self.class_names)
+        _require(self.shards <= MAX_SHARDS, "shard_images", f"so large that {MAX_SHARDS} shards do", self.shard_images)
+        _require(isinstance(self.labelled, bool), "labelled", "true or false", self.labelled)
+        _require(self.container in get_args(Container), "container", "npy or parquet", self.container)
+        return self
 
     @property
     def shards(self) -> int:
@@ -102,7 +124,17 @@ class CodesDirectory:
 
     def missing(self) -> list[int]:
         """Shards that are not there yet."""
-        return [shard for shard in range(self.index.shards) if not self._file("codes", shard).exists()]
+        there = self._there()
+        return [shard for shard in range(self.index.shards) if self._file("codes", shard).name not in there]
+
+    def damaged(self) -> list[int]:
+        """Shards that are there, but whose headers and sizes are not those of whole ones."""
+        there = self._there()
+        shards = [shard for shard in range(self.index.shards) if self._file("codes", shard).name in there]
+        return [shard for shard in shards if not self._seems_whole(shard)]
+
+    def _there(self) -> set[str]:
+        return {file.name for file in self.path.iterdir()}
 
     def write(self, shard: int, codes: Tensor, labels: Tensor | None) -> None:
         """Write one shard; its codes come last, so that a shard with codes is whole."""
@@ -133,25 +165,58 @@ class CodesDirectory:
             raise UserError(f"{self.path} is incomplete: {file.name} is missing; finish it with 'vqkernels encode'")
         try:
             codes, labels = self._load(shard)
+        except UserError:
+            raise
         except Exception as error:  # a damaged file fails in any way
-            raise UserError(f"{file} is damaged and cannot be read: {error}; delete it and encode again") from error
-        wrong = codes.shape != (end - first, *self.index.codes) or codes.max(initial=0) >= self.index.codebook_size
-        wrong |= codes.min(initial=0) < 0 or (labels is None) == self.index.labelled
-        if wrong or (labels is not None and labels.shape != (end - first,)):
-            raise UserError(f"{file} is not what index.json says; delete it and encode again")
+            raise UserError(
+                f"{file} is damaged and cannot be read: {' '.join(str(error).split())}; delete it and encode again"
+            ) from error
+        wrong = codes.shape != (end - first, *self.index.codes) or codes.dtype.kind not in "iu"
+        wrong = wrong or codes.max(initial=0) >= self.index.codebook_size or codes.min(initial=0) < 0
+        if labels is not None and not wrong:
+            wrong = labels.shape != (end - first,) or labels.dtype.kind not in "iu"
+            wrong = wrong or labels.min(initial=0) < 0 or labels.max(initial=0) >= len(self.index.class_names)
+        if wrong:
+            raise self._unlike(file)
         grids = torch.from_numpy(codes.astype(np.int64))
         return Codes(grids, None if labels is None else torch.from_numpy(labels.astype(np.int64)))
 
     def _load(self, shard: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Codes and labels as they are in the files; an array is mapped, and nothing is unpacked that is too large."""
         file = self._file("codes", shard)
         if self.index.container == "parquet":
             pq, _ = _pyarrow()
-            table = pq.read_table(file)
+            first, end = self.index.bounds(shard)
+            with pq.ParquetFile(file) as opened:
+                metadata = opened.metadata
+                groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+                most = (end - first) * (math.prod(self.index.codes) + 1) * 16 + (1 << 20)  # of plain int64, twice
+                if metadata.num_rows != end - first or sum(group.total_byte_size for group in groups) > most:
+                    raise self._unlike(file)
+                table = opened.read()
             flat = table.column("codes").combine_chunks().flatten().to_numpy()
             labels = table.column("label").to_numpy() if self.index.labelled else None
             return flat.reshape(table.num_rows, *self.index.codes), labels
-        labels = np.load(self._file("labels", shard), allow_pickle=False) if self.index.labelled else None
-        return np.load(file, allow_pickle=False), labels
+        labels = None
+        if self.index.labelled:
+            labels = np.load(self._file("labels", shard), allow_pickle=False, mmap_mode="r")
+        return np.load(file, allow_pickle=False, mmap_mode="r"), labels
+
+    def _seems_whole(self, shard: int) -> bool:
+        first, end = self.index.bounds(shard)
+        file = self._file("codes", shard)
+        pq = _pyarrow()[0] if self.index.container == "parquet" else None
+        try:
+            if pq is not None:
+                return pq.read_metadata(file).num_rows == end - first
+            codes, labels = self._load(shard)
+        except Exception:  # a damaged file fails in any way
+            return False
+        whole = codes.shape == (end - first, *self.index.codes) and codes.dtype == self.index.dtype
+        return whole and (labels is None or labels.shape == (end - first,))
+
+    def _unlike(self, file: Path) -> UserError:
+        return UserError(f"{file} is not what index.json says; delete it and encode again")
 
     def _file(self, kind: str, shard: int) -> Path:
         return self.path / f"{kind}-{shard:06d}.{self.index.container}"
@@ -174,11 +239,20 @@ def _read_index(file: Path) -> CodesIndex:
             raise UserError(f"{file} was written by another version of vqkernels (this one reads {FORMAT})")
         for name in ("shape", "codes", "class_names"):
             table[name] = tuple(table[name])
-        return CodesIndex(**table)
+        return CodesIndex(**table).check()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is no index of codes: {error}") from error
+
+
+def _sizes(*values: Any) -> bool:
+    return all(isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= MAX_COUNT for x in values)
+
+
+def _require(met: bool, name: str, expected: str, found: Any) -> None:
+    if not met:
+        raise ValueError(f"{name} must be {expected}, but is {found!r}")
 
 
 def _pyarrow() -> tuple[Any, Any]:

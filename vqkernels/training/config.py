@@ -24,6 +24,7 @@ else:
 
 Schedule = Literal["constant", "cosine"]
 Stage = Literal["vqvae", "prior"]
+Parallel = Literal["ddp", "fsdp"]
 PriorModel = Literal["pixelcnn", "transformer"]
 FORMAT = "vqkernels-run-1"
 
@@ -84,7 +85,8 @@ class RunConfig:
     """Everything that determines a run."""
 
     data: str
-    """'digits', a folder of images (sub-folders are classes), an .npz or .npy file, IDX files, or CIFAR-10 batches."""
+    """'digits', a folder of images (sub-folders are classes), an .npz or .npy file, IDX files, CIFAR-10 batches, or
+    hf:NAME (hf:NAME:SPLIT) through the datasets library, NAME of the hub or a path."""
     color: Literal["auto", "grey", "rgb", "rgba"] = "auto"
     """auto: grey if every image is, else rgb."""
     held_out: float = 0.1
@@ -94,6 +96,8 @@ class RunConfig:
     """auto: cuda if there is one, else cpu."""
     backend: str = "auto"
     """Who computes the quantization; see 'vqkernels info'."""
+    parallel: Parallel = "ddp"
+    """What processes under torchrun share: ddp, the batch; fsdp, the batch, the weights and the optimizer's state."""
     log_every: int = 50
     """Steps between lines of metrics."""
     checkpoint_every: int = 1000
@@ -127,6 +131,12 @@ class RunConfig:
             _at_least(1, self.vqvae, "residual_channels", prefix="vqvae.")
         if self.vqvae.ema_decay is not None and not 0 <= self.vqvae.ema_decay < 1:
             raise UserError(f"vqvae.ema_decay must be at least 0 and less than 1, but is {self.vqvae.ema_decay}")
+        from_data = self.vqvae.init == "kmeans" or self.vqvae.revive == "rows"
+        if self.parallel == "fsdp" and self.vqvae.ema_decay is None and from_data:
+            raise UserError(
+                "parallel fsdp drops what a step writes into a codebook that is trained by its loss: set "
+                "vqvae.ema_decay, such as 0.99, or leave vqvae.init and vqvae.revive at uniform and off"
+            )
         _at_least(1, self.prior, "num_layers", "head_channels", "num_heads", prefix="prior.")
         if self.prior.model == "transformer" and self.prior.hidden_channels % self.prior.num_heads:
             raise UserError(
@@ -145,6 +155,10 @@ class RunConfig:
         """Dotted names of the fields that differ, such as `vqvae.code_dim`."""
         mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
         return [name for name in mine if mine[name] != theirs[name]]
+
+    def value(self, name: str) -> Any:
+        """The value of a dotted name."""
+        return _flat(dataclasses.asdict(self))[name]
 
     def to_toml(self) -> str:
         return tomli_w.dumps({"format": FORMAT, **_without_none(dataclasses.asdict(self))})

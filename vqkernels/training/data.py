@@ -1,7 +1,8 @@
 """Images from a source named by one string.
 
 Sources: `digits` (1,797 scanned 8x8 digits that scikit-learn ships), a folder of images, an `.npz` or `.npy` file, IDX
-files (a folder of them or one file), a folder of CIFAR-10 batches. Models see the pixels scaled to [-1, 1].
+files (a folder of them or one file), a folder of CIFAR-10 batches, `hf:NAME` by way of the `datasets` library. Models
+see the pixels scaled to [-1, 1].
 """
 
 import hashlib
@@ -13,8 +14,9 @@ import torch
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from vqkernels.training import array_files, cifar_files, idx_files, image_folder
+from vqkernels.training import array_files, cifar_files, hub_dataset, idx_files, image_folder
 from vqkernels.training.errors import UserError
+from vqkernels.training.image_decoding import Color
 from vqkernels.training.images import ArraySource, ImageSet, Source, Splits
 
 CHUNK = 256  # images read at a time
@@ -46,13 +48,14 @@ class ImageData:
         return digest.hexdigest()
 
 
-def open_source(source: str, *, color: image_folder.Color = "auto") -> Splits:
+def open_source(source: str, *, color: Color = "auto") -> Splits:
     """The images of a source, to be read piece by piece.
 
     Args:
         source: `digits`; a folder of images, see `image_folder.open_folder`; an `.npy` or `.npz` file, see
-            `array_files.open_arrays`; an IDX file or a folder of them; a folder of CIFAR-10 batches.
-        color: what images in folders are converted to. All others are taken as they are, and must agree with it.
+            `array_files.open_arrays`; an IDX file or a folder of them; a folder of CIFAR-10 batches; or `hf:NAME`, see
+            `hub_dataset.open_hub`.
+        color: what encoded images (in folders, of `hf:`) are converted to. All others must agree with it as they are.
 
     Raises:
         UserError: the source does not exist, is empty, or is of no known kind.
@@ -62,10 +65,12 @@ def open_source(source: str, *, color: image_folder.Color = "auto") -> Splits:
         bunch = load_digits()
         pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
         splits = Splits(ArraySource(pixels, bunch.target, source), None, tuple(str(digit) for digit in range(10)))
+    elif source.startswith(hub_dataset.PREFIX):
+        return hub_dataset.open_hub(source, color)
     elif not path.exists():
         raise UserError(
-            f"the data {source} does not exist (give 'digits', a folder of images, an .npz or .npy file, IDX files or "
-            "CIFAR-10 batches)"
+            f"the data {source} does not exist (give 'digits', a folder of images, an .npz or .npy file, IDX files, "
+            "CIFAR-10 batches or hf:NAME)"
         )
     elif path.is_dir() and cifar_files.cifar_batches(path):
         splits = cifar_files.open_cifar(path)
@@ -81,11 +86,18 @@ def open_source(source: str, *, color: image_folder.Color = "auto") -> Splits:
         raise UserError(f"the data {source} is neither a folder nor an .npz, .npy or IDX file")
     found = {1: "grey", 3: "rgb", 4: "rgba"}[splits.train.shape[0]]
     if color not in ("auto", found):
-        raise UserError(f"{source} is {found}, not {color}; only images in folders are converted")
+        raise UserError(f"{source} is {found}, not {color}; only encoded images are converted")
     return splits
 
 
-def load_images(source: str, *, color: image_folder.Color = "auto", held_out: float = 0.1, seed: int = 0) -> ImageData:
+def resolved(source: str) -> str:
+    """The source with a relative path made absolute."""
+    if source.startswith(hub_dataset.PREFIX):
+        return hub_dataset.resolved(source)
+    return str(Path(source).resolve()) if source != "digits" and Path(source).exists() else source
+
+
+def load_images(source: str, *, color: Color = "auto", held_out: float = 0.1, seed: int = 0) -> ImageData:
     """All images of a source in memory, so that one that cannot be read is found before training starts.
 
     Args:

@@ -2,25 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from vqkernels.training.errors import UserError
+from vqkernels.training.image_decoding import Color, WrongSize, decode_image, is_grey
 from vqkernels.training.images import ImageSet, Splits
-
-Color = Literal["auto", "grey", "rgb", "rgba"]
 
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first one present is the test split
-GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I"})
-PILLOW_MODES = {"grey": "L", "rgb": "RGB", "rgba": "RGBA"}
 
 
 class FolderSource:
@@ -35,8 +30,8 @@ class FolderSource:
 
     def __init__(self, paths: list[Path], labels: Tensor | None, color: Color, reference: Path) -> None:
         self.paths, self.labels, self.color, self._reference = paths, labels, color, reference
-        image = _open(reference, color)
-        self.shape = len(image.getbands()), image.height, image.width
+        height, width, channels = decode_image(reference, str(reference), color).shape
+        self.shape = channels, height, width
 
     @property
     def labelled(self) -> bool:
@@ -51,13 +46,12 @@ class FolderSource:
         channels, height, width = self.shape
         pixels = np.empty((len(paths), height, width, channels), dtype=np.uint8)
         for number, path in enumerate(paths):
-            image = _open(path, self.color)
-            if image.size != (width, height):
+            try:
+                pixels[number] = decode_image(path, str(path), self.color, (width, height))
+            except WrongSize as other:
                 raise UserError(
-                    f"images differ in size: {self._reference} is {width}x{height}, but {path} is "
-                    f"{image.width}x{image.height}"
-                )
-            pixels[number] = np.asarray(image).reshape(pixels.shape[1:])
+                    f"images differ in size: {self._reference} is {width}x{height}, but {path} is {other}"
+                ) from None
         labels = None if self.labels is None else self.labels[start:stop]
         return ImageSet(torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))), labels)
 
@@ -67,8 +61,7 @@ def open_folder(root: Path, color: Color = "auto") -> Splits:
 
     `root/*` are images without classes, `root/CLASS/**` images with classes, and `root/train/...` beside
     `root/test/...` (or val, validation) two splits of either kind. Classes are sorted by name, numbers by value.
-    Images are turned upright as their EXIF data says; 16 bits are cut to 8; where the result has no transparency,
-    transparent pixels are laid on white; of an animation the first frame is taken.
+    `image_decoding.decode_image` says what becomes of their pixels.
 
     Args:
         color: grey, rgb, rgba, or auto: grey if every image is, else rgb.
@@ -98,7 +91,7 @@ def open_folder(root: Path, color: Color = "auto") -> Splits:
 
     everything = [path for _, paths in splits for path in paths]
     if color == "auto":
-        color = "grey" if all(_open(path).mode in GREY_MODES for path in everything) else "rgb"
+        color = "grey" if all(is_grey(path, str(path)) for path in everything) else "rgb"
     number = {name: label for label, name in enumerate(class_names)}
     sources = [
         FolderSource(
@@ -115,8 +108,8 @@ def read_image(path: Path, channels: int) -> Tensor:
     Raises:
         UserError: it cannot be decoded.
     """
-    image = _open(path, {1: "grey", 3: "rgb", 4: "rgba"}[channels])  # type: ignore[arg-type]
-    pixels = np.asarray(image).reshape(image.height, image.width, channels)
+    color: Color = {1: "grey", 3: "rgb", 4: "rgba"}[channels]  # type: ignore[assignment]
+    pixels = decode_image(path, str(path), color)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
@@ -144,29 +137,3 @@ def _classes_of(folder: Path, paths: list[Path]) -> list[str]:
 
 def _natural(name: str) -> tuple[bool, int, str]:
     return (False, int(name), name) if name.isdecimal() else (True, 0, name)
-
-
-def _open(path: Path, color: Color = "auto") -> Image.Image:
-    """The image, converted to the color; for auto only its header is read."""
-    try:
-        with Image.open(path) as image:
-            if color == "auto":
-                return image
-            if image.format != "PNG":
-                return _converted(image, color)
-            image.verify()  # the checksums; decoding alone accepts a file that lacks its end
-        with Image.open(path) as image:
-            return _converted(image, color)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image {path} cannot be read: {error}") from error
-
-
-def _converted(image: Image.Image, color: Color) -> Image.Image:
-    """The image upright, in another mode of pixels."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip these at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if color != "rgba" and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(PILLOW_MODES[color])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from vqkernels.models import VQVAE, Prior
@@ -25,16 +26,28 @@ from vqkernels.training.build import build_prior, build_vqvae, check_backend, pi
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData, load_images
-from vqkernels.training.errors import UserError
+from vqkernels.training.divergence import LossWatch, is_finite, save_diverged
+from vqkernels.training.errors import DiskFull, Diverged, UserError
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
 from vqkernels.training.ranks import Ranks, joined
+from vqkernels.training.sharding import is_sharded, whole_optimizer, whole_weights
 from vqkernels.training.speed import Speed, SpeedConfig
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 
 # what may be changed when a run is resumed; the data may move, but its images must be the same
-FREE = {"data", "device", "backend", "log_every", "checkpoint_every", "picture_every", "vqvae.steps", "prior.steps"}
-FREE |= {f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)}
+FREE = {
+    "data",
+    "device",
+    "backend",
+    "parallel",
+    "log_every",
+    "checkpoint_every",
+    "picture_every",
+    "vqvae.steps",
+    "prior.steps",
+    *(f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)),
+}
 
 
 class Trained(NamedTuple):
@@ -66,7 +79,9 @@ def train(
         should_stop: asked after every step; True writes a checkpoint and ends the training there.
 
     Raises:
-        UserError: the configuration, the data or the directory is not as it should be, or the loss is no longer finite.
+        UserError: the configuration, the data or the directory is not as it should be.
+        Diverged: the loss or a weight is no longer finite; the batch that did it is saved.
+        DiskFull: a checkpoint could not be written; the one before is whole.
     """
     with joined(pick_device(config.device)) as ranks:
         return _train(config, out, stage, resume, progress, should_stop, ranks)
@@ -139,6 +154,44 @@ def _train(
             run.release()
 
 
+def train_stage(
+    stage: TrainingStage,
+    config: RunConfig,
+    data: ImageData,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train a model that is not `train`'s, in one process and a run directory of its own; False if stopped.
+
+    Args:
+        stage: the model, and what is asked of it; its name is none of `train`'s.
+        config, data: what the stage was made from.
+        out, resume, progress, should_stop: as in `train`.
+
+    Raises:
+        UserError: as in `train`.
+    """
+    config.check()
+    run = RunDirectory(out, resume=resume)
+    run.acquire()
+    try:
+        state = run.load_state() if resume else None
+        if state is not None:
+            _check_resumable(state, config, data, out, stage.name)
+        run.begin(config)
+        images = ImageFormat(data.channels, *data.size, data.class_names)
+        ranks = Ranks(0, 1, pick_device(config.device))
+        session = _Session(run, config, data, images, nn.Module(), state, progress, should_stop, ranks)
+        finished = session.run_stage(stage)
+        stage.model.eval()
+        return finished
+    finally:
+        run.release()
+
+
 def _load(config: RunConfig) -> ImageData:
     return load_images(config.data, color=config.color, held_out=config.held_out, seed=config.seed)
 
@@ -152,7 +205,7 @@ class _Session:
         config: RunConfig,
         data: ImageData,
         images: ImageFormat,
-        vqvae: VQVAE,
+        vqvae: nn.Module,
         state: dict[str, Any] | None,
         progress: bool,
         should_stop: Callable[[], bool],
@@ -168,19 +221,20 @@ class _Session:
         speed = Speed(self.config.speed, self.device)
         if stage.name == "vqvae":
             speed.lay_out(stage.model)
-        optimizer = speed.optimizer(stage.model.parameters(), config.learning_rate)
-        step = 0
+        step, state = 0, self.state if self.state is not None and self.state["stage"] == stage.name else None
         if self.ranks.number > 1:  # as many streams of random numbers as processes
             torch.manual_seed(torch.initial_seed() + 1000 * self.ranks.rank)
-        if self.state is not None and self.state["stage"] == stage.name:
-            step = self.state["step"]
-            stage.model.load_state_dict(self.state[stage.name])
-            speed.load(optimizer, self.state)
-            states = self.state["random"]
-            if self.ranks.rank < len(states):
-                _set_random_state(states[self.ranks.rank], self.device)
+        if state is not None:
+            step = state["step"]
+            stage.model.load_state_dict(state[stage.name])
         stage.model.train()
-        stage.forward = speed.forward(self.ranks.wrap(stage.model))
+        self.trained = self.ranks.wrap(stage.model, self.config.parallel)
+        stage.forward = speed.forward(self.trained)
+        optimizer = speed.optimizer(self.trained.parameters(), config.learning_rate)
+        if state is not None:
+            speed.load(optimizer, state)
+            if self.ranks.rank < len(state["random"]):
+                _set_random_state(state["random"][self.ranks.rank], self.device)
         batches = Batches(len(self.data.train), config.batch_size, self.config.seed)
         length = 0 if self.state is None else self.state["metrics_length"]
         log = None
@@ -195,6 +249,7 @@ class _Session:
             leave=False,
         )
         stopped, since, images_seen = False, time.perf_counter(), 0
+        watch = LossWatch(self.device)
         try:
             while step < steps and not stopped:
                 for group in optimizer.param_groups:
@@ -203,6 +258,9 @@ class _Session:
                 speed.begin_step()
                 with speed.autocast():
                     loss, metrics = stage.loss(self.ranks.share(indices))
+                watch.see(step + 1, loss)
+                if self.device.type == "cpu" and self.ranks.number == 1:  # elsewhere asking means to wait
+                    self._check_finite(watch, stage, batches, step + 1)
                 speed.learn(loss, optimizer)
                 step, images_seen = step + 1, images_seen + len(indices)
                 bar.update()
@@ -212,24 +270,35 @@ class _Session:
                 if logged or checkpoint:
                     values = {"loss": float(loss.detach()), **{name: float(value) for name, value in metrics.items()}}
                     values = self.ranks.mean(values)
-                    self._check_finite(values["loss"], stage, step)
+                    self._check_finite(watch, stage, batches, step, weights=checkpoint)
                     if logged and log is not None:
                         now = time.perf_counter()
                         rate, since, images_seen = images_seen / (now - since), now, 0
                         log.write(step, {**values, "images_per_second": round(rate, 1)})
                         bar.set_postfix_str(_summary({**values, "images/s": rate}))
+                drawn = last or step % self.config.picture_every == 0
+                if checkpoint or drawn:
+                    self._collect(stage)
                 if checkpoint and (last or not stopped) and log is not None:
                     self._evaluate(stage, step, log)
-                if (last or step % self.config.picture_every == 0) and log is not None:
+                if drawn and log is not None:
                     self._draw(stage, step, log)
                 if checkpoint:
                     self._save(stage, step, optimizer, speed, log)
+                if is_sharded(self.trained):
+                    stage.model.cpu()
         finally:
             bar.close()
             if log is not None:
                 log.close()
-            stage.forward = stage.model
+            stage.forward = stage.model.to(self.device)
         return not stopped
+
+    def _collect(self, stage: TrainingStage) -> None:
+        """Bring what the processes hold in parts into the whole model, so that it can be looked at."""
+        if is_sharded(self.trained):
+            stage.model.load_state_dict(whole_weights(self.trained))
+            stage.model.to(self.device)
 
     def _evaluate(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
         values = stage.evaluate()
@@ -240,7 +309,10 @@ class _Session:
 
     def _draw(self, stage: TrainingStage, step: int, log: MetricsLog) -> None:
         for name, grid in stage.pictures().items():
-            save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
+            try:
+                save_png(grid, self.run.pictures / f"{name}_{step:06d}.png")
+            except DiskFull as error:  # a picture is not worth the checkpoint that follows it
+                tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
             log.picture(step, name, grid)
 
     def _save(
@@ -258,21 +330,46 @@ class _Session:
             "stage": stage.name,
             "step": step,
             "vqvae": self.vqvae.state_dict(),
-            "prior": stage.model.state_dict() if stage.name == "prior" else {},
-            "optimizer": optimizer.state_dict(),
+            "prior": {},
+            stage.name: stage.model.state_dict(),
+            "optimizer": whole_optimizer(optimizer),
             "scaler": speed.scaler.state_dict(),
             "random": random,
             "metrics_length": 0 if log is None else log.sync(),
         }
-        if self.ranks.first:
-            self.run.save(self.state, self.images)
+        state = self.state
+        self.ranks.on_first(lambda: self.run.save(state, self.images))
 
-    def _check_finite(self, loss: float, stage: TrainingStage, step: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of the {stage.name} is {loss} at step {step}; the last checkpoint in {self.run.path} is "
-                "untouched, try a lower learning rate in a new run"
+    def _check_finite(
+        self, watch: LossWatch, stage: TrainingStage, batches: Batches, step: int, *, weights: bool = False
+    ) -> None:
+        """Raise Diverged if a loss was not finite, or (when asked) a weight is not: no such checkpoint is written."""
+        seen = watch.first()
+        first = None if seen is None else (seen[0], "loss", seen[1])
+        if first is None and weights and not is_finite(self.trained):
+            first = step, "weight", math.nan
+        if not self.ranks.any(first is not None):
+            return
+        where, what, value = min(found for found in self.ranks.gather(first) if found is not None)
+        self._collect(stage)
+
+        def tell() -> None:
+            batch = self._batch(stage, batches.indices(where - 1))
+            saved = save_diverged(self.run.path, self.config, stage.name, where, value, batch, stage.model.state_dict())
+            kept = "there is no checkpoint yet"
+            if self.state is not None:
+                kept = f"the last checkpoint ({self.state['stage']} step {self.state['step']}) is untouched"
+            raise Diverged(
+                f"{'the' if what == 'loss' else 'a'} {what} of the {stage.name} is {value} at step {where}; {saved}, "
+                f"and {kept}; try a lower learning rate in a new run"
             )
+
+        self.ranks.on_first(tell)
+
+    def _batch(self, stage: TrainingStage, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        images, codes = self.data.train.select(indices), getattr(stage, "train_codes", None)
+        named = {"pixels": images.pixels, "labels": images.labels, "codes": None if codes is None else codes[indices]}
+        return {"indices": indices, **{name: x for name, x in named.items() if x is not None}}
 
 
 def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, out: Path, stage: str) -> None:
@@ -286,7 +383,8 @@ def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, 
         or (prior_begun and name == "vqvae.steps")
     ]
     if changed:
-        raise UserError(f"the run {out} was begun with another {' and '.join(changed)}; a resumed run cannot change it")
+        both = [f"{name} ({before.value(name)}, now {config.value(name)})" for name in changed]
+        raise UserError(f"the run {out} was begun with another {' and '.join(both)}; a resumed run cannot change it")
     if state["data"] != data.fingerprint():
         raise UserError(f"the images of {config.data} are not those that the run {out} was begun with")
     if stage == "vqvae" and prior_begun:

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vqkernels.training.config import Parallel
 from vqkernels.training.errors import ToldElsewhere, UserError
+from vqkernels.training.sharding import shard
 
 T = TypeVar("T")
 
@@ -49,10 +51,15 @@ class Ranks:
             raise UserError(f"a batch of {len(indices)} images cannot be shared by {self.number} processes equally")
         return indices.chunk(self.number)[self.rank]
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over the processes. Codebooks sum their statistics themselves."""
+    def wrap(self, model: nn.Module, parallel: Parallel = "ddp") -> nn.Module:
+        """The model with gradients averaged over the processes: itself wrapped, or a sharded copy.
+
+        Codebooks sum their statistics themselves.
+        """
         if self.number == 1:
             return model
+        if parallel == "fsdp":
+            return shard(model, self.device, self.number)
         with warnings.catch_warnings():  # torch 2.13 has another name for the argument, which 2.10 does not know
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

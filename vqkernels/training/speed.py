@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels.training.errors import UserError
+from vqkernels.training.sharding import load_optimizer
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,7 +95,7 @@ class Speed:
 
     def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, of this or of another choice."""
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         for group in optimizer.param_groups:
             group["fused"] = self.config.fused_optimizer  # the checkpoint has brought its own
             for parameter in group["params"]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vqkernels.models import VQVAE, Prior
 from vqkernels.nn import metrics
-from vqkernels.training.config import PriorConfig, Stage, VQVAEConfig
+from vqkernels.training.config import PriorConfig, VQVAEConfig
 from vqkernels.training.data import ImageData
 from vqkernels.training.images import ImageSet
 from vqkernels.training.pictures import image_grid, side_by_side
@@ -25,7 +25,7 @@ CLASSES_DRAWN = 16
 class TrainingStage(Protocol):
     """What the loop asks of a stage."""
 
-    name: Stage
+    name: str
 
     @property
     def config(self) -> VQVAEConfig | PriorConfig: ...
@@ -49,19 +49,20 @@ class TrainingStage(Protocol):
 class VQVAEStage:
     """Trains the VQ-VAE on images."""
 
-    name: Stage = "vqvae"
+    name: str = "vqvae"
 
     def __init__(self, vqvae: VQVAE, config: VQVAEConfig, data: ImageData, device: torch.device) -> None:
         self.model, self.config, self.data, self.device = vqvae, config, data, device
         self.forward: nn.Module = vqvae
-        self.held_out = data.held_out.select(_spread(len(data.held_out), EVALUATED))
+        self.held_out = data.held_out.select(spread(len(data.held_out), EVALUATED))
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        trained: Any = getattr(self.forward, "module", self.forward)  # DDP keeps the model there; FSDP2 trains a copy
         _, _, losses = self.forward(self.data.train.batch(indices, self.device))
         return losses.total, {
             "reconstruction": losses.reconstruction.detach(),
             "quantization": losses.quantization.detach(),
-            "perplexity": self.model.quantizer.perplexity,
+            "perplexity": trained.quantizer.perplexity,
         }
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ class VQVAEStage:
             return {}
         squared, bits, counts = 0.0, 0.0, torch.zeros(self.config.codebook_size, dtype=torch.int64)
         self.model.eval()
-        for chunk in _chunks(len(self.held_out)):
+        for chunk in chunks(len(self.held_out)):
             x = self.held_out.batch(chunk, self.device)
             reconstruction, indices, _ = self.model(x)
             squared += float((reconstruction - x).square().mean((1, 2, 3)).double().sum())
@@ -89,7 +90,7 @@ class VQVAEStage:
     @torch.no_grad()
     def pictures(self) -> dict[str, Tensor]:
         images = self.held_out if len(self.held_out) else self.data.train
-        x = images.batch(_spread(len(images), DRAWN), self.device)
+        x = images.batch(spread(len(images), DRAWN), self.device)
         self.model.eval()
         reconstruction = self.model(x)[0]
         self.model.train()
@@ -99,7 +100,7 @@ class VQVAEStage:
 class PriorStage:
     """Trains the prior on the codes of a frozen VQ-VAE."""
 
-    name: Stage = "prior"
+    name: str = "prior"
 
     def __init__(
         self, prior: Prior, vqvae: VQVAE, config: PriorConfig, data: ImageData, device: torch.device, seed: int
@@ -108,7 +109,7 @@ class PriorStage:
         self.forward: nn.Module = prior
         self.vqvae = vqvae.eval().requires_grad_(False)
         self.train_codes = encode(vqvae, data.train, device)
-        self.held_out = data.held_out.select(_spread(len(data.held_out), EVALUATED))
+        self.held_out = data.held_out.select(spread(len(data.held_out), EVALUATED))
         self.held_out_codes = encode(vqvae, self.held_out, device)
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,7 +122,7 @@ class PriorStage:
             return {}
         total, bits = 0.0, 0.0
         self.model.eval()
-        for chunk in _chunks(len(self.held_out_codes)):
+        for chunk in chunks(len(self.held_out_codes)):
             loss = self._cross_entropy(self.model, self.held_out_codes, self.held_out.labels, chunk)
             total += float(loss) * (chunk.stop - chunk.start)
             if self.vqvae.likelihood is not None:
@@ -155,7 +156,7 @@ def encode(vqvae: VQVAE, images: ImageSet, device: torch.device) -> Tensor:
     """Codes (N, h, w) int64 of all images, on the CPU."""
     if not len(images):
         return torch.empty(0, 1, 1, dtype=torch.int64)
-    return torch.cat([vqvae.encode(images.batch(chunk, device)).cpu() for chunk in _chunks(len(images))])
+    return torch.cat([vqvae.encode(images.batch(chunk, device)).cpu() for chunk in chunks(len(images))])
 
 
 @torch.no_grad()
@@ -214,11 +215,12 @@ def draw(
     return decode(vqvae, draw_codes(vqvae, prior, size, count, labels=labels, generator=generator), size)
 
 
-def _chunks(count: int) -> Iterator[slice]:
+def chunks(count: int) -> Iterator[slice]:
+    """Slices of at most CHUNK images that make up `count`."""
     for start in range(0, count, CHUNK):
         yield slice(start, min(start + CHUNK, count))
 
 
-def _spread(count: int, limit: int) -> Tensor:
+def spread(count: int, limit: int) -> Tensor:
     """At most `limit` indices, evenly spaced below `count`: data sorted by class is seen in all its classes."""
     return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit

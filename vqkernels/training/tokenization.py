@@ -32,7 +32,7 @@ def encode_shards(
     ranks: int = 1,
     encoded: Callable[[int], object] = lambda count: None,
 ) -> int:
-    """Writes the missing shards, of `ranks` processes those that fall to this one; memory is that of two shards.
+    """Writes what is missing or damaged, of `ranks` processes what falls to this one; memory is that of two shards.
 
     Args:
         vqvae: in eval mode, on the device.
@@ -41,7 +41,7 @@ def encode_shards(
     Returns:
         How many images were encoded here.
     """
-    mine = [shard for shard in out.missing() if shard % ranks == rank]
+    mine = [shard for shard in sorted({*out.missing(), *out.damaged()}) if shard % ranks == rank]
     pieces = [(shard, start) for shard in mine for start in range(*out.index.bounds(shard), CHUNK)]
     count, codes, labels = 0, [], []
     with ThreadPoolExecutor(1) as writer:
