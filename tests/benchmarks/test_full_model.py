@@ -102,6 +102,9 @@ def test_a_worse_result_is_noticed(pipeline):
     pipeline.check_runs({"usual": good, "ours": good})
     with pytest.raises(SystemExit, match="has a worse held_out_reconstruction"):
         pipeline.check_runs({"usual": good, "ours": worse})
+    other = good | {"curves": good["curves"] | {"vqvae": {"step": [1], "loss": [1.1]}}}
+    with pytest.raises(SystemExit, match="do not begin alike"):
+        pipeline.check_runs({"usual": good, "ours": other})
 
 
 def test_time_to_a_loss_is_that_of_the_first_step_that_has_it(pipeline):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vqkernels.training.codes import CodesDirectory, CodesIndex
+from vqkernels.models import VQVAE
+from vqkernels.training.codes import CodesDirectory, CodesIndex, fingerprint
 from vqkernels.training.errors import UserError
 
 CONTAINERS = ("npy", "parquet")
@@ -134,3 +135,11 @@ def test_a_code_that_the_codebook_has_not_is_refused(tmp_path):
     directory.write(0, torch.full((4, 2, 3), 16), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(UserError, match=r"is not what index\.json says"):
         directory.read(0)
+
+
+def test_a_model_is_the_same_in_any_memory_format():
+    model = VQVAE(3, hidden_channels=8, code_dim=4, codebook_size=8)
+    before = fingerprint(model)
+    assert fingerprint(model.to(memory_format=torch.channels_last)) == before
+    model.encoder[0].weight.data[0, 0, 0, 0] += 1
+    assert fingerprint(model) != before

@@ -65,6 +65,18 @@ def test_two_processes_have_the_losses_of_one(tmp_path, codebook):
 
 
 @pytest.mark.slow
+def test_two_processes_train_in_mixed_precision_as_one_does(tmp_path):
+    for processes in (1, 2):
+        steps = {"vqvae.steps": 20, "vqvae.ema-decay": 0.9, "prior.steps": 5}
+        done = vqkernels(processes, "--out", tmp_path / str(processes), amp="bfloat16", **steps)
+        assert done.returncode == 0, done.stderr
+    for stage, count in (("vqvae", 20), ("prior", 5)):
+        one, two = (losses(tmp_path / name, stage) for name in ("1", "2"))
+        assert len(one) == len(two) == count
+        torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-2, atol=0)
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_resumes_to_the_same_bits(tmp_path):
     for run, lengths in (("straight", (40,)), ("halves", (20, 40))):
         for number, steps in enumerate(lengths):

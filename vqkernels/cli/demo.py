@@ -1,10 +1,12 @@
 """`vqkernels demo`: everything on scanned digits, measured, in a few minutes on one core."""
 
+import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -16,6 +18,7 @@ from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.evaluation import evaluate_digits
 from vqkernels.training.report import write_html
 from vqkernels.training.run_report import run_document
+from vqkernels.training.speed import SpeedConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class DemoArguments:
     out: Path = Path("runs/demo")
     """The run directory; a demo that was interrupted there is continued."""
     seed: int = 0
+    amp: Literal["off", "bfloat16"] = "off"
+    """bfloat16: faster on a CPU with AMX; see 'vqkernels train --help'."""
 
 
 def demo_config(seed: int = 0) -> RunConfig:
@@ -64,7 +69,8 @@ def run(arguments: Sequence[str]) -> int:
     parsed = tyro.cli(DemoArguments, prog="vqkernels demo", args=list(arguments))
     start = time.monotonic()
     torch.set_num_threads(1)  # models this small gain nothing from a second one, and lose much on a busy machine
-    trained = train_interruptibly(demo_config(parsed.seed), parsed.out, resume=holds_run(parsed.out))
+    config = dataclasses.replace(demo_config(parsed.seed), speed=SpeedConfig(amp=parsed.amp))
+    trained = train_interruptibly(config, parsed.out, resume=holds_run(parsed.out))
     if not trained.finished or trained.prior is None:
         return 1
     print("\nJudged by a support vector machine trained on the real training digits:")
@@ -73,14 +79,14 @@ def run(arguments: Sequence[str]) -> int:
         print(figure)
     seconds = time.monotonic() - start
     report = run_document(
-        demo_config(parsed.seed),
+        config,
         trained.vqvae,
         trained.prior,
         trained.data,
         figures,
         parsed.out / "metrics.jsonl",
         machine.facts(torch.get_num_threads()),
-        shlex.join(["vqkernels", "demo", "--seed", str(parsed.seed)]),
+        shlex.join(["vqkernels", "demo", "--seed", str(parsed.seed), "--amp", parsed.amp]),
         seconds=seconds,
     )
     write_html(report, parsed.out / "report.html")

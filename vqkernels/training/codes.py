@@ -228,7 +228,7 @@ def fingerprint(vqvae: VQVAE) -> str:
     for name, tensor in sorted(vqvae.state_dict().items()):
         if name.startswith(("encoder.", "decoder.")) or name == "quantizer.codebook":
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -101,8 +101,11 @@ class Speed:
             for parameter in group["params"]:
                 entries = optimizer.state[parameter]
                 for name, value in entries.items():
-                    # A fused kernel reads a parameter and its averages in one order of memory.
-                    if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    # A fused kernel counts its steps on the device, and reads a parameter and its averages in one order
+                    # of memory.
+                    if name == "step":
+                        entries[name] = value.to(parameter.device if self.config.fused_optimizer else "cpu")
+                    elif value.shape == parameter.shape and value.stride() != parameter.stride():
                         entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if state.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
