@@ -219,7 +219,7 @@ class _Session:
         """Train what is left of a stage; False if stopped."""
         config, steps = stage.config, stage.config.steps
         speed = Speed(self.config.speed, self.device)
-        if stage.name == "vqvae":
+        if stage.name in ("vqvae", "vae"):  # the contenders of a comparison alike
             speed.lay_out(stage.model)
         step, state = 0, self.state if self.state is not None and self.state["stage"] == stage.name else None
         if self.ranks.number > 1:  # as many streams of random numbers as processes

@@ -82,7 +82,7 @@ class AloneStage:
     def __init__(self, model: DecoderAlone, config: VQVAEConfig, data: ImageData, device: torch.device) -> None:
         self.model, self.config, self.data, self.device = model, config, data, device
         self.forward: nn.Module = model
-        self.held_out = data.held_out.select(spread(len(data.held_out), 256))
+        self.held_out = data.held_out
 
     def loss(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See `TrainingStage.loss`."""
@@ -107,6 +107,8 @@ def run_collapse(workshop: Workshop, say: Callable[[str], None]) -> Collapse:
         Interrupted: `should_stop` said so.
     """
     settings, data = workshop.settings.collapse, grey(workshop.data)
+    held_out = data.held_out.select(spread(len(data.held_out), settings.evaluated))
+    data = dataclasses.replace(data, held_out=held_out)
     run = configuration(workshop, DECAY)
     vqvae = dataclasses.replace(
         run.vqvae, steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate
@@ -133,7 +135,6 @@ def run_collapse(workshop: Workshop, say: Callable[[str], None]) -> Collapse:
     for name, stage in stages.items():
         say(f"training {name.removeprefix('collapse ')} with an autoregressive decoder")
         _train(workshop, name, stage, config, data)
-    held_out = data.held_out.select(spread(len(data.held_out), settings.evaluated))
     return measure_collapse(alone, vae, codes, held_out, sum(workshop.seconds(name) for name in stages))
 
 

@@ -93,7 +93,7 @@ def settings_for(
         init="kmeans",
         revive="rows",
         likelihood="logistic_mixture",
-        steps=1500 if tiny else 600 if grey else 500,
+        steps=2000 if tiny else 1000 if grey else 800,
         batch_size=64 if tiny else 32,
         learning_rate=1e-3,
         schedule="cosine",
@@ -103,7 +103,7 @@ def settings_for(
         num_layers=6 if tiny else 5,
         head_channels=128,
         dropout=0.2 if tiny else 0.0,
-        steps=800 if tiny else 400 if grey else 250,
+        steps=800 if tiny else 500 if grey else 400,
         batch_size=64 if tiny else 32,
         learning_rate=1e-3,
         schedule="cosine",
@@ -121,7 +121,7 @@ def settings_for(
     )
     collapse = CollapseSettings(
         levels=17 if tiny else 16,  # the scanned digits have 17 intensities
-        steps=250 if tiny else 150,
+        steps=400 if tiny else 250,
         batch_size=64 if tiny else 16,
         evaluated=1000 if tiny else 256,
     )
