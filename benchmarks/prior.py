@@ -9,7 +9,7 @@ there. The plain and the standard sampler cost the same at every position, so th
 than the budget a number of positions is timed and multiplied: such figures are marked `extrapolated` and tell how many.
 Training: one step (forward, backward) of the same weights and loss with full kernels that are masked in every forward,
 of the standard implementation (one class bias less), and of ours. The table counts the multiply-adds of the masked
-model over ours, which bounds the gain where convolutions run at the speed of the machine.
+model over ours as each computes them, which is the gain where all of them run at the speed of the machine.
 
 Rounds are interleaved; figures are medians. Before anything is timed the cached codes must equal the plain ones, and
 the loss of the masked model ours. Writes JSON and, beside it, a Markdown table and a plot.

@@ -155,6 +155,13 @@ def test_functional_transforms_take_the_plain_layers(cpu_kernels):
         torch.testing.assert_close(grads[name].mean(0), parameter.grad, rtol=0, atol=1e-12)
 
 
+def test_an_exported_graph_holds_no_operator_of_its_own(cpu_kernels):
+    made, codes = model().eval(), torch.randint(9, (2, 3, 4))
+    graph = torch.export.export(made, (codes,))
+    assert "vqkernels" not in str(graph.graph)
+    torch.testing.assert_close(graph.module()(codes), made(codes), rtol=0, atol=1e-12)
+
+
 def test_parametrized_weights_train(cpu_kernels):
     made = model()
     nn.utils.parametrizations.weight_norm(made.layers[1].vertical)

@@ -33,9 +33,12 @@ class Model(Protocol):
 def serves(model: Model, codes: Tensor, condition: Tensor | None) -> bool:
     """Whether the fused layers compute these codes (B, H, W): on the CPU by its kernels, in float32 or float64.
 
-    The specification serves everywhere else: under autocast and `torch.func`, with other kernels than 3, where a hook
-    on a part of the model waits to be called, and where somebody has put another module in the place of a convolution.
+    The specification serves everywhere else: under autocast and `torch.func`, in an exported or traced graph, with
+    kernels other than 3, where a hook on a part of the model waits to be called, and where somebody has put another
+    module in the place of a convolution.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
     if codes.device.type != "cpu" or registry.resolve("auto", codes.device) != "cpu":
         return False
     if torch.is_autocast_enabled("cpu") or codes.shape[2] < NARROWEST or codes.numel() == 0:
