@@ -57,7 +57,8 @@ struct Case {
     indices.assign(total(), -1);
     mask.assign(total(), 1);
     const auto draw = [&] {
-      return integers ? double(int(random() % 15)) - 7.0 : (double(random()) / 4294967296.0 - 0.5) * exp2(random() % 9);
+      const double fraction = ldexp(double(random()), -32) + ldexp(double(random()), -64);  // every bit of a double
+      return integers ? double(int(random() % 15)) - 7.0 : (fraction - 0.5) * exp2(random() % 9);
     };
     for (int64_t i = 0; i < groups() * channels; ++i) store_double(codebook.data(), code_type, i, draw());
     for (int64_t flat = 0; flat < total(); ++flat) {
@@ -196,7 +197,11 @@ int main() {
       of(512, 4, 3, [=](int64_t i) { return i < head ? 0 : i < 384 ? 1 : 2; }).verify();
   });
   check("partials_are_added_in_chunk_order", [] {
-    of(1500, 2, 3, [](int64_t i) { return i % 10 == 0 ? 0 : i % 10 == 5 ? 2 : 1; }).verify();
+    for (int64_t positions : {1500, 9300}) {
+      Case one = of(positions, 4, 3, [](int64_t i) { return i % 50 == 0 ? 0 : i % 50 == 5 ? 2 : 1; });
+      one.type = one.out_type = DType::f64;  // float32 would round the order away
+      one.verify();
+    }
   });
   check("one_huge_segment", [] {
     of(9300, 3, 5, [](int64_t i) { return i == 77 ? 1 : 3; }).verify();
