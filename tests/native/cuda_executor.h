@@ -103,6 +103,13 @@ class Machine {
     return got;
   }
 
+  // Every lane's value, for what a whole warp does together.
+  void exchange_all(uint64_t value, uint64_t (&got)[vqkernels::kWarp]) {
+    threads_[current_].exchanged = value;
+    meet(Meeting::warp);
+    for (int lane = 0; lane < vqkernels::kWarp; ++lane) got[lane] = threads_[warp() * vqkernels::kWarp + lane].exchanged;
+  }
+
   void read(int at, void* to, int bytes) {
     touch(at, bytes, false);
     memcpy(to, memory_.data() + at, bytes);
@@ -271,6 +278,12 @@ class HostBlock {
     uint32_t bits = 0;
     for (int lane = 0; lane < vqkernels::kWarp; ++lane) bits |= uint32_t(shuffle(int(x), lane)) << lane;
     return bits;
+  }
+  // `mine` of every lane of the warp, by address: they stay where they are until the next meeting.
+  template <class T> void every_lane(const T& mine, const T* (&all)[vqkernels::kWarp]) const {
+    uint64_t got[vqkernels::kWarp];
+    machine_->exchange_all(uint64_t(reinterpret_cast<uintptr_t>(&mine)), got);
+    for (int lane = 0; lane < vqkernels::kWarp; ++lane) all[lane] = reinterpret_cast<const T*>(uintptr_t(got[lane]));
   }
   template <class T> HostShared<T> shared(int bytes) const { return {machine_, bytes}; }
   template <class T> void copy_async(HostShared<T> to, int i, const T* from) const {
