@@ -29,27 +29,27 @@ struct alignas(16) Chunk {
   uint32_t word[4];
 };
 
-struct Place {
+struct Spot {
   int row, column;
 };
 
 // Element e (0, 1) of register r of the left operand: (row, channel).
-VQ_BOTH Place a_place(int lane, int r, int e) {
+VQ_BOTH Spot a_place(int lane, int r, int e) {
   return {lane / 4 + 8 * (r & 1), 2 * (lane % 4) + 8 * (r >> 1) + e};
 }
 
 // Element e (0, 1) of register r of the right operand: (channel, code).
-VQ_BOTH Place b_place(int lane, int r, int e) { return {2 * (lane % 4) + 8 * r + e, lane / 4}; }
+VQ_BOTH Spot b_place(int lane, int r, int e) { return {2 * (lane % 4) + 8 * r + e, lane / 4}; }
 
 // Sum r of the product: (row, code).
-VQ_BOTH Place c_place(int lane, int r) { return {lane / 4 + 8 * (r >> 1), 2 * (lane % 4) + (r & 1)}; }
+VQ_BOTH Spot c_place(int lane, int r) { return {lane / 4 + 8 * (r >> 1), 2 * (lane % 4) + (r & 1)}; }
 
 // The row and chunk whose address a lane gives to ldmatrix.x4, such that the four registers it returns are
 // a_place's registers 0..3 of 16 rows and one step of 16 channels (two chunks).
-VQ_BOTH Place a_address(int lane) { return {lane & 15, lane >> 4}; }
+VQ_BOTH Spot a_address(int lane) { return {lane & 15, lane >> 4}; }
 
 // The same for the right operand: registers 0, 1 of codes 0..7 and then of codes 8..15.
-VQ_BOTH Place b_address(int lane) { return {(lane & 7) + 8 * (lane >> 4), (lane >> 3) & 1}; }
+VQ_BOTH Spot b_address(int lane) { return {(lane & 7) + 8 * (lane >> 4), (lane >> 3) & 1}; }
 
 // Where chunk `chunk` of row `row` lies, in chunks from the start of an operand of `chunks` (2, 4, 8 or 16) per row.
 VQ_BOTH int swizzled(int row, int chunk, int chunks) {

@@ -34,4 +34,7 @@ __device__ __forceinline__ void add_globally(const DeviceBlock&, int64_t* at, in
 // What this thread wrote is visible to all blocks before what it writes next.
 __device__ __forceinline__ void fence_globally(const DeviceBlock&) { __threadfence(); }
 
+// Past the first-level cache, which does not see what other blocks write.
+__device__ __forceinline__ double read_globally(const DeviceBlock&, const double* at) { return __ldcg(at); }
+
 }  // namespace vqkernels

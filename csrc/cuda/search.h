@@ -93,7 +93,7 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
   const uint16_t* codes = g.codes + (head * g.padded_codes + int64_t(first) * kSearchCodes) * pitch;
   const float* halves = g.half_norms + head * g.padded_codes + int64_t(first) * kSearchCodes;
 
-  const Place left_at = a_address(lane), right_at = b_address(lane);
+  const Spot left_at = a_address(lane), right_at = b_address(lane);
   const int warp_row = warp * 2 * kProductRows;
 
   uint32_t left[2][kStreamed ? 1 : kDepth][4];

@@ -59,6 +59,11 @@ class Machine {
   Machine(int threads, int shared_bytes, uint32_t seed)
       : threads_(threads), memory_(shared_bytes, 0xff), granules_((shared_bytes + 1) / 2), seed_(seed) {}
 
+  ~Machine() {
+    for (Thread& thread : threads_)
+      if (thread.stack != nullptr) stacks().push_back(std::move(thread.stack));
+  }
+
   void run(const std::function<void(int)>& body) {
     body_ = &body;
     std::mt19937 random(seed_);
@@ -137,6 +142,12 @@ class Machine {
   }
 
  private:
+  // Of blocks that are done: a fresh one costs the kernel more than the block's work.
+  static std::vector<std::unique_ptr<char[]>>& stacks() {
+    static std::vector<std::unique_ptr<char[]>> unused;
+    return unused;
+  }
+
   int warp() const { return current_ / vqkernels::kWarp; }
 
   void fail(const std::string& what) {
@@ -162,7 +173,9 @@ class Machine {
   void start(int t) {
     constexpr size_t kStack = 128 << 10;
     Thread& thread = threads_[t];
-    thread.stack.reset(new char[kStack]);
+    if (stacks().empty()) stacks().emplace_back(new char[kStack]);
+    thread.stack = std::move(stacks().back());
+    stacks().pop_back();
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;

@@ -50,7 +50,7 @@ void product_of_a_warp(int chunks, int step) {
       multiply(block, sum, a, b[2 * n], b[2 * n + 1]);
       for (int i = 0; i < 4; ++i) {
         float expected = 0.0f;
-        const Place place = c_place(lane, i);
+        const Spot place = c_place(lane, i);
         for (int k = 0; k < 16; ++k) expected += left[place.row][k] * right[8 * n + place.column][k];
         require(sum[i] == expected, "a wrong sum" + at(lane, i));
       }
@@ -64,11 +64,11 @@ int main() {
   check("fragments_are_those_of_the_isa", [] {
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 8; ++i) {
-        const Place mine = a_place(lane, i / 2, i % 2);
+        const Spot mine = a_place(lane, i / 2, i % 2);
         require(mine.row == isa::a(lane, i).row && mine.column == isa::a(lane, i).col, "A" + at(lane, i));
       }
       for (int i = 0; i < 4; ++i) {
-        const Place right = b_place(lane, i / 2, i % 2), sum = c_place(lane, i);
+        const Spot right = b_place(lane, i / 2, i % 2), sum = c_place(lane, i);
         require(right.row == isa::b(lane, i).row && right.column == isa::b(lane, i).col, "B" + at(lane, i));
         require(sum.row == isa::c(lane, i).row && sum.column == isa::c(lane, i).col, "C" + at(lane, i));
       }
@@ -79,8 +79,8 @@ int main() {
       for (int r = 0; r < 4; ++r)
         for (int e = 0; e < 2; ++e) {
           // matrix r gives this lane element 2 (lane % 4) + e of the row that lane 8 r + lane / 4 points at
-          const Place left = a_address(8 * r + lane / 4), right = b_address(8 * r + lane / 4);
-          const Place a = a_place(lane, r, e), b = b_place(lane, r & 1, e);
+          const Spot left = a_address(8 * r + lane / 4), right = b_address(8 * r + lane / 4);
+          const Spot a = a_place(lane, r, e), b = b_place(lane, r & 1, e);
           require(left.row == a.row && 8 * left.column + 2 * (lane % 4) + e == a.column, "A" + at(lane, r));
           require(right.row == b.column + 8 * (r >> 1) && 8 * right.column + 2 * (lane % 4) + e == b.row, "B" + at(lane, r));
         }
@@ -116,7 +116,7 @@ int main() {
         const int64_t code = member_code(group, m);
         require(m == 0 || code > member_code(group, m - 1), "members do not ascend");
         // the lane that sees this code of its block in sum m & 1 of product m >> 1
-        const Place place = c_place(group & 3, m & 1);
+        const Spot place = c_place(group & 3, m & 1);
         require(code == (group >> 2) * 32 + 8 * (m >> 1) + place.column, "not the lane's own codes");
         require(group_of(int(code / 32), int(code % 8) / 2) == group, "group_of disagrees");
         seen.insert(code);
