@@ -83,6 +83,18 @@ def build_host_program(driver: str, folder: Path) -> Path:
     return program
 
 
+def build_host_library(driver: str, folder: Path) -> Path:
+    """The same as a shared library, for drivers whose functions Python calls through ctypes."""
+    library = folder / f"{driver}.so"
+    command = [compiler() or "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-ffp-contract=off", "-shared", "-fPIC"]
+    done = subprocess.run(
+        [*command, str(HERE / f"{driver}.cpp"), "-o", str(library)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return library
+
+
 def verdicts(driver: str, folder: Path) -> dict[str, str]:
     """What each named check of a driver found: "" where it held, else one sentence."""
     done = subprocess.run([str(build_host_program(driver, folder))], capture_output=True, text=True, check=False)

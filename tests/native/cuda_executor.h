@@ -59,6 +59,11 @@ class Machine {
   Machine(int threads, int shared_bytes, uint32_t seed)
       : threads_(threads), memory_(shared_bytes, 0xff), granules_((shared_bytes + 1) / 2), seed_(seed) {}
 
+  ~Machine() {
+    for (Thread& thread : threads_)
+      if (thread.stack != nullptr) stacks().push_back(std::move(thread.stack));
+  }
+
   void run(const std::function<void(int)>& body) {
     body_ = &body;
     std::mt19937 random(seed_);
@@ -103,6 +108,13 @@ class Machine {
     return got;
   }
 
+  // Every lane's value, for what a whole warp does together.
+  void exchange_all(uint64_t value, uint64_t (&got)[vqkernels::kWarp]) {
+    threads_[current_].exchanged = value;
+    meet(Meeting::warp);
+    for (int lane = 0; lane < vqkernels::kWarp; ++lane) got[lane] = threads_[warp() * vqkernels::kWarp + lane].exchanged;
+  }
+
   void read(int at, void* to, int bytes) {
     touch(at, bytes, false);
     memcpy(to, memory_.data() + at, bytes);
@@ -130,6 +142,12 @@ class Machine {
   }
 
  private:
+  // Of blocks that are done: a fresh one costs the kernel more than the block's work.
+  static std::vector<std::unique_ptr<char[]>>& stacks() {
+    static std::vector<std::unique_ptr<char[]>> unused;
+    return unused;
+  }
+
   int warp() const { return current_ / vqkernels::kWarp; }
 
   void fail(const std::string& what) {
@@ -155,7 +173,9 @@ class Machine {
   void start(int t) {
     constexpr size_t kStack = 128 << 10;
     Thread& thread = threads_[t];
-    thread.stack.reset(new char[kStack]);
+    if (stacks().empty()) stacks().emplace_back(new char[kStack]);
+    thread.stack = std::move(stacks().back());
+    stacks().pop_back();
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
@@ -271,6 +291,12 @@ class HostBlock {
     uint32_t bits = 0;
     for (int lane = 0; lane < vqkernels::kWarp; ++lane) bits |= uint32_t(shuffle(int(x), lane)) << lane;
     return bits;
+  }
+  // `mine` of every lane of the warp, by address: they stay where they are until the next meeting.
+  template <class T> void every_lane(const T& mine, const T* (&all)[vqkernels::kWarp]) const {
+    uint64_t got[vqkernels::kWarp];
+    machine_->exchange_all(uint64_t(reinterpret_cast<uintptr_t>(&mine)), got);
+    for (int lane = 0; lane < vqkernels::kWarp; ++lane) all[lane] = reinterpret_cast<const T*>(uintptr_t(got[lane]));
   }
   template <class T> HostShared<T> shared(int bytes) const { return {machine_, bytes}; }
   template <class T> void copy_async(HostShared<T> to, int i, const T* from) const {
