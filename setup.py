@@ -98,7 +98,9 @@ class Cuda:
         """What `vqkernels info` tells of this build."""
         if self.absent:
             return {"absent": self.absent}
-        told = subprocess.run([str(self.home / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            [str(self.home / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=True
+        )
         version = re.search(r"release ([\d.]+)", told.stdout)
         chips = [f"sm_{chip}" + " and its PTX" * ptx for chip, ptx in self.architectures]
         return {"nvcc": version[1] if version else "unknown", "architectures": chips, "source": self._source_hash()}
