@@ -4,9 +4,10 @@ Every kernel source is compiled with its own SIMD flags, chosen by its file name
 exactness contract needs every rounding where the source shows it. Where no compiler works, the package still installs;
 the reason is written to `vqkernels/_build.json`, `vqkernels info` shows it, and the eager backend serves.
 
-The CUDA kernels (csrc/cuda) are compiled by nvcc into objects of the same operator library, which links the CUDA runtime
-statically: it loads under a CPU-only torch and without a driver. They are built where nvcc is found and the torch of the
-build knows CUDA. FORCE_CUDA=1 insists, FORCE_CUDA=0 leaves them out, TORCH_CUDA_ARCH_LIST="8.0;9.0a" names the GPUs.
+The CUDA kernels (csrc/cuda) are compiled by nvcc into objects of the same operator library, which links the CUDA
+runtime statically: it loads under a CPU-only torch and without a driver. They are built where nvcc is found and the
+torch of the build knows CUDA. FORCE_CUDA=1 insists, FORCE_CUDA=0 leaves them out, TORCH_CUDA_ARCH_LIST="8.0;9.0a"
+names the GPUs.
 """
 
 import hashlib

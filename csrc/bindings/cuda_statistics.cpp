@@ -40,12 +40,6 @@ void cuda_segment_sums(const Tensor& z, const Tensor& indices, std::optional<Ten
              "segment sums");
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vqkernels, m) {
-  m.def("cuda_segment_sums_workspace(int rows, int groups, int channels) -> int");
-  m.def("cuda_segment_sums(Tensor z, Tensor indices, Tensor? mask, int codes, Tensor? codebook, Tensor? grad,"
-        " Tensor? elements, Tensor(a!)? counts, Tensor(b!) sums, Tensor(c!) workspace, int stream) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(vqkernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_segment_sums_workspace", TORCH_BOX(&cuda_segment_sums_workspace));
 }

@@ -1,5 +1,7 @@
 // How the memory that a caller lends to a launcher is divided: a plan made of sizes alone, so it can be tested anywhere.
 #pragma once
+#include <type_traits>
+
 #include "segments.h"
 
 namespace vqkernels {

@@ -325,4 +325,27 @@ void launch(int64_t grid_x, int64_t grid_y, int threads, int shared_bytes, uint3
     }
 }
 
+// Launches block programs as StreamLauncher of csrc/cuda/launcher.cuh does, and sorts as CUB does.
+struct Launcher {
+  uint32_t seed = 0;
+
+  template <class Program> int launch(int64_t grid_x, int64_t grid_y, int shared_bytes, const Program& program) const {
+    executor::launch(grid_x, grid_y, Program::kThreads, shared_bytes, seed, program);
+    return 0;
+  }
+
+  int sort(uint32_t* (&keys)[2], uint32_t* (&order)[2], int64_t total, int bits, void*, int64_t) const {
+    const uint32_t looked_at = bits < 32 ? (1u << bits) - 1 : ~0u;
+    std::vector<std::pair<uint32_t, uint32_t>> pairs(total);
+    for (int64_t i = 0; i < total; ++i) pairs[i] = {keys[0][i], order[0][i]};
+    std::stable_sort(pairs.begin(), pairs.end(), [&](const auto& a, const auto& b) {
+      return (a.first & looked_at) < (b.first & looked_at);
+    });
+    for (int64_t i = 0; i < total; ++i) keys[1][i] = pairs[i].first, order[1][i] = pairs[i].second;
+    std::swap(keys[0], keys[1]);
+    std::swap(order[0], order[1]);
+    return 0;
+  }
+};
+
 }  // namespace executor

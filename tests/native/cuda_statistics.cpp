@@ -1,18 +1,15 @@
-// The block programs of csrc/cuda/segments.h on the executor, against sums that are written out plainly.
-#include "../../csrc/cuda/segments.h"
+// The block programs of csrc/cuda/segment_sums.h on the executor, against sums that are written out plainly.
+#include "../../csrc/cuda/segment_sums.h"
 
 #include <math.h>
 
 #include <map>
 
-#include "../../csrc/cuda/workspace.h"
 #include "checks.h"
 #include "cuda_executor.h"
 
 using namespace vqkernels;
 using namespace vqkernels::cuda;
-using executor::HostBlock;
-using executor::launch;
 
 namespace {
 
@@ -30,8 +27,7 @@ struct Case {
   std::vector<uint8_t> z, codebook, sums;
   std::vector<int64_t> indices, counts;
   std::vector<uint8_t> mask;
-  std::vector<uint32_t> keys, order, start;
-  std::vector<double> partials;
+  std::vector<uint8_t> memory;  // the workspace
   int64_t elements = 1000;
 
   int64_t total() const { return batch * heads * positions; }
@@ -73,47 +69,16 @@ struct Case {
     }
   }
 
-  // What the launcher of statistics.cu does, with std::stable_sort in the place of the radix sort.
-  template <class Z, int kWidth> void compute() {
-    KeyArguments key = {rows(), per_row(indices.data()), per_row(mask.data()), codes, 1, nullptr, nullptr};
-    key.lanes = key_lanes(key.z, kWidth);
-    keys.assign(total(), 0xdeadbeef), order.assign(total(), 0xdeadbeef);
-    key.keys = keys.data(), key.order = order.data();
-    constexpr int kThreads = 64;
-    launch(blocks_of(total(), kThreads / key.lanes), 1, kThreads, 0, seed,
-           [&](HostBlock& block) { write_keys<Z, kWidth>(block, key); });
-    std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return keys[a] < keys[b]; });
-    std::stable_sort(keys.begin(), keys.end());
-
-    start.assign(groups() + 1, 0xdeadbeef);
-    const BorderArguments border = {keys.data(), total(), groups(), start.data()};
-    launch(blocks_of(groups() + 1, kThreads), 1, kThreads, 0, seed,
-           [&](HostBlock& block) { write_borders(block, border); });
-
-    partials.assign(2 * chunks_of(total()) * channels, NAN);
-    counts.assign(groups(), -1);
-    sums.assign(groups() * channels * size_of(out_type), 0xff);
-    SumArguments sum = {rows(), codes_view(), gradient ? &grad : nullptr, DType::f64, &elements, keys.data(),
-                        order.data(), start.data(), codes, groups(), 1, partials.data(), counts.data(), sums.data(),
-                        out_type};
-    sum.lanes = sum_lanes(channels, kWidth);
-    const int64_t block_rows = int64_t(kChunkThreads / sum.lanes) * kChunk;
-    launch(blocks_of(total(), block_rows), blocks_of(channels, int64_t(sum.lanes) * kWidth), kChunkThreads,
-           sum_shared_bytes(sum.lanes), seed, [&](HostBlock& block) { sum_chunks<Z, kWidth>(block, sum); });
-    launch(blocks_of(groups(), kTotalWarps), 1, kTotalThreads, kTotalSharedBytes, seed,
-           [&](HostBlock& block) { write_totals(block, sum); });
-  }
-
-  template <class Z> void compute_type() {
-    if (takes_packets(rows())) compute<Z, kPacket<Z>>();
-    else compute<Z, 1>();
-  }
-
   void run() {
     fill();
-    with_type(type, [&](auto* pointer) {
-      compute_type<std::remove_const_t<std::remove_pointer_t<decltype(pointer)>>>();
-    });
+    counts.assign(groups(), -1);
+    sums.assign(groups() * channels * size_of(out_type), 0xff);
+    const SegmentSums what = {rows(), per_row(indices.data()), per_row(mask.data()), codes, codes_view(),
+                              gradient ? &grad : nullptr, DType::f64, &elements, counts.data(), sums.data(), out_type};
+    const SumWorkspace plan = plan_sums(total(), groups(), channels, 0);
+    memory.assign(plan.bytes, 0xff);  // NaN as double
+    executor::Launcher launcher{seed};
+    require(launch_segment_sums(launcher, what, memory.data(), plan, 0) == 0, "an error");
   }
 
   // The rows of a code, ascending, told from the fates alone.

@@ -1,6 +1,7 @@
-"""Offers the kernels to torch's dispatcher, as the overload `.cuda` of each operator that has one.
+"""What the overload `.cuda` of each operator runs, and the schemas of the launchers in csrc/bindings/cuda_*.cpp.
 
-The operators take z as its caller has it; here it becomes the canonical view (batch, head, position, channel).
+The operators take z as its caller has it; here it becomes the canonical view (batch, head, position, channel), and the
+launchers get tensors that are allocated here, and the stream as an integer.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vqkernels.backends import sampling
@@ -49,6 +51,15 @@ def _quantize(
     if view.data_ptr() != out.data_ptr():  # the view had to be a copy
         out.copy_(layout.restore_rows(view))
     return out, layout.restore_per_row(indices).contiguous(), squared_error, counts, sums
+
+LAUNCHERS = (
+    "cuda_segment_sums_workspace(int rows, int groups, int channels) -> int",
+    "cuda_segment_sums(Tensor z, Tensor indices, Tensor? mask, int codes, Tensor? codebook, Tensor? grad,"
+    " Tensor? elements, Tensor(a!)? counts, Tensor(b!) sums, Tensor(c!) workspace, int stream) -> ()",
+)
+_library = torch.library.Library("vqkernels", "FRAGMENT")
+for _schema in LAUNCHERS:
+    _library.define(_schema)
 
 
 def _statistics(
