@@ -1,4 +1,4 @@
-// Launches the steps of nearest.h. Compiled without contraction: rescore.h evaluates the contract.
+// Launches the steps of nearest.h. Compiled without contraction, as all kernels are: rescore.h evaluates the contract.
 #include "nearest.h"
 
 #include "finish.h"

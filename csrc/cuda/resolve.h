@@ -69,8 +69,8 @@ VQ_BOTH Resolved resolve_row(Block& block, const Call& call, const Extent& exten
     const Chunk left = q[c], right = p[c];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      product += widen(Float16{uint16_t(left.word[i])}) * widen(Float16{uint16_t(right.word[i])});
-      product += widen(Float16{uint16_t(left.word[i] >> 16)}) * widen(Float16{uint16_t(right.word[i] >> 16)});
+      product = fmaf(widen(Float16{uint16_t(left.word[i])}), widen(Float16{uint16_t(right.word[i])}), product);
+      product = fmaf(widen(Float16{uint16_t(left.word[i] >> 16)}), widen(Float16{uint16_t(right.word[i] >> 16)}), product);
     }
   }
   const float half = o.half_norms[code], score = half - o.beta[at] * product;

@@ -67,8 +67,8 @@ VQ_BOTH void fold(Block&, const float (&sum)[4][4], const Pair (&half)[4], const
     float lowest = INFINITY;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      lowest = fminf(lowest, half[n].first - scale[h] * sum[n][2 * h]);
-      lowest = fminf(lowest, half[n].next - scale[h] * sum[n][2 * h + 1]);
+      lowest = fminf(lowest, fmaf(-scale[h], sum[n][2 * h], half[n].first));
+      lowest = fminf(lowest, fmaf(-scale[h], sum[n][2 * h + 1], half[n].next));
     }
     include(best[h], lowest, number);
   }

@@ -1,6 +1,6 @@
 """CUDA C++ kernels (csrc/cuda) for sm_80 and newer, part of the operator library where the build found nvcc.
 
-statistics.statistics, .codebook_gradient
+nearest.nearest, .quantize          statistics.statistics, .codebook_gradient
 
 Unlike the Triton kernels they need no compiler at run time. Importing this package needs neither a GPU nor that build.
 """

@@ -13,8 +13,44 @@ import torch
 from torch import Tensor
 
 from vqkernels.backends import sampling
-from vqkernels.backends.cuda import statistics
-from vqkernels.backends.layout import layout_of
+from vqkernels.backends.cuda import nearest, statistics
+from vqkernels.backends.layout import Layout, empty_rows, layout_of
+
+
+def _heads(codebook: Tensor) -> Tensor:
+    return codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
+
+
+def _mask(layout: Layout, mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else layout.per_row(mask)
+
+
+def _nearest(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    indices, decided = nearest.nearest(layout.rows(z), _heads(codebook), _mask(layout, mask), metric, precision)
+    return layout.restore_per_row(indices).contiguous(), decided
+
+
+def _quantize(
+    z: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    channel_dim: int,
+    metric: str,
+    precision: str,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    out = empty_rows(z, layout)
+    view = layout.rows(out)
+    indices, squared_error, counts, sums = nearest.quantize(
+        layout.rows(z), _heads(codebook), _mask(layout, mask), metric, precision, statistics, view
+    )
+    if view.data_ptr() != out.data_ptr():  # the view had to be a copy
+        out.copy_(layout.restore_rows(view))
+    return out, layout.restore_per_row(indices).contiguous(), squared_error, counts, sums
 
 LAUNCHERS = (
     "cuda_segment_sums_workspace(int rows, int groups, int channels) -> int",
@@ -35,6 +71,8 @@ def _statistics(
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "nearest": _nearest,
+    "quantize": _quantize,
     "sample": sampling.sample,  # no kernel yet: plain PyTorch serves the GPU
     "statistics": _statistics,
 }
