@@ -4,11 +4,12 @@
     python -m benchmarks.cuda_search_budget --write    also write benchmarks/results/cuda_search_budget.json
 
 Compiles csrc/cuda/search.cu and nearest.cu with nvcc, as setup.py does, for every chip of the table, and reads back
-what ptxas used (with the cuobjdump and nvdisasm that Triton brings). The loop around the products is counted by the pipe
-model of benchmarks/triton_budget.py: cycles per score = max(2 · half-rate instructions, all instructions) / scores,
-over one pass of the loop, which for a lane is 64 scores. `epilogue` is the same without the products and their operand
-loads, which the tensor core's own time (D / 8 cycles per score on sm_80, D / 16 at best on sm_90) can hide behind.
-Beyond D = 128 one pass is a slice of 64 channels, and the reduction, once per tile, is counted in each: an upper bound.
+what ptxas used (with the cuobjdump and nvdisasm that Triton brings). The loop around the products is counted by the
+pipe model of benchmarks/triton_budget.py: cycles per score = max(2 · half-rate instructions, all instructions) /
+scores, over one pass of the loop, which for a lane is 64 scores. `epilogue` is the same without the products and
+their operand loads, which the tensor core's own time (D / 8 cycles per score on sm_80, D / 16 at best on sm_90) can
+hide behind. Beyond D = 128 one pass is a slice of 64 channels, and the reduction, once per tile, is counted in each:
+an upper bound.
 Nothing here is a time measured on a GPU.
 """
 

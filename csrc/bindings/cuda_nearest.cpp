@@ -50,14 +50,6 @@ int64_t cuda_nearest(const Tensor& z, const Tensor& codebook, std::optional<Tens
   return launches;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vqkernels, m) {
-  m.def("cuda_nearest_workspace(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, int processors)"
-        " -> int");
-  m.def("cuda_nearest(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, Tensor(a!) indices,"
-        " Tensor(b!) decided, Tensor(c!)? quantized, Tensor(d!)? squared_error, Tensor(e!) workspace, int processors,"
-        " int stream) -> int");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(vqkernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_nearest_workspace", TORCH_BOX(&cuda_nearest_workspace));
 }

@@ -1,4 +1,4 @@
-"""The budget of the CUDA search: the committed table, its limits, and proof that one more instruction would be noticed."""
+"""The budget of the CUDA search: the committed table, its limits, and that one more instruction would be noticed."""
 
 import ast
 import json

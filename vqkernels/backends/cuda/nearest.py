@@ -1,8 +1,8 @@
 """Nearest codes and quantization: allocates, and launches csrc/cuda/nearest.cu.
 
-Rows and codes are rounded to fp16 operands, searched on the tensor cores, certified, and re-scored in float64 where the
-certificate leaves a row open. Three launches for few rows, at most five for many; nothing of size N x K, no wait for the
-device. `precision="fast"` takes the rounded operands for exact.
+Rows and codes are rounded to fp16 operands, searched on the tensor cores, certified, and scored in float64 where the
+certificate leaves a row open. Three launches for few rows, at most five for many; nothing of size N x K, and no wait
+for the device. `precision="fast"` takes the rounded operands for exact.
 """
 
 from __future__ import annotations

@@ -52,7 +52,12 @@ def _quantize(
         out.copy_(layout.restore_rows(view))
     return out, layout.restore_per_row(indices).contiguous(), squared_error, counts, sums
 
+
 LAUNCHERS = (
+    "cuda_nearest_workspace(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, int processors) -> int",
+    "cuda_nearest(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, Tensor(a!) indices,"
+    " Tensor(b!) decided, Tensor(c!)? quantized, Tensor(d!)? squared_error, Tensor(e!) workspace, int processors,"
+    " int stream) -> int",
     "cuda_segment_sums_workspace(int rows, int groups, int channels) -> int",
     "cuda_segment_sums(Tensor z, Tensor indices, Tensor? mask, int codes, Tensor? codebook, Tensor? grad,"
     " Tensor? elements, Tensor(a!)? counts, Tensor(b!) sums, Tensor(c!) workspace, int stream) -> ()",
