@@ -22,7 +22,7 @@ struct SegmentSums {
 };
 
 template <class Z, int kWidth> struct WriteKeys {
-  static constexpr int kThreads = kKeyThreads, kBlocks = 1;
+  static constexpr int kThreads = kKeyThreads, kBlocks = 4;
   KeyArguments a;
   template <class Block> VQ_BOTH void operator()(Block& block) const { write_keys<Z, kWidth>(block, a); }
 };
@@ -40,7 +40,7 @@ template <class Z, int kWidth> struct SumChunks {
 };
 
 struct WriteTotals {
-  static constexpr int kThreads = kTotalThreads, kBlocks = 1;
+  static constexpr int kThreads = kTotalThreads, kBlocks = 2;
   SumArguments a;
   template <class Block> VQ_BOTH void operator()(Block& block) const { write_totals(block, a); }
 };

@@ -128,10 +128,11 @@ VQ_BOTH int sum_lanes(int64_t channels, int width) {
 }
 
 // Shared memory of a block: where each of its rows begins, then its keys with one neighbour on either side.
-VQ_BOTH int sum_shared_bytes(int lanes) {
+VQ_BOTH constexpr int sum_shared_bytes(int lanes) {
   const int rows = kChunkThreads / lanes * kChunk;
   return rows * 8 + (rows + 2) * 4;
 }
+static_assert(sum_shared_bytes(kMinLanes) * 4 <= 99 << 10, "four blocks of the narrowest rows fit a multiprocessor");
 
 // Where the sum of a run goes: it is final, or one of the two partials of its chunk.
 enum class Run { whole, continued, begun };
