@@ -1,5 +1,5 @@
-"""The operands of the CUDA search and its certificate under attack: measured bounds must hold, and the worst scores that
-the accumulation model allows must keep the contract's choice on every row. The attack is that of the Triton kernels."""
+"""The operands of the CUDA search and its certificate under attack: measured bounds must hold, and the worst scores
+that the accumulation model allows must keep the contract's choice on every row. The attack is the Triton kernels'."""
 
 import numpy as np
 import pytest
@@ -37,8 +37,8 @@ ATTACKS |= BORDERS
 def worst_scores(packed, chosen):
     """Scores shifted by everything the model allows: the contract's choice up, every other code down."""
     exact = packed.half[None, :] - packed.beta[:, None] * (packed.q @ packed.p.T)
-    model = 1.25 * packed.p.shape[1] * 2.0**-23 * packed.norm[:, None] * packed.radius
-    model = np.where(np.isfinite(model), model, 0.0)  # where nothing is proved there is nothing to attack
+    radius = packed.radius if np.isfinite(packed.radius) else 0.0  # where nothing is proved there is nothing to attack
+    model = 1.25 * packed.p.shape[1] * 2.0**-23 * packed.norm[:, None] * radius
     shift = np.where(np.arange(len(packed.p))[None, :] == chosen[:, None], model, -model)
     return np.float64(np.float32(exact + shift))
 
