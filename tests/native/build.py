@@ -74,7 +74,7 @@ def build_host_program(driver: str, folder: Path) -> Path:
         RuntimeError: it does not compile, with what the compiler said.
     """
     program = folder / driver
-    command = [compiler() or "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-ffp-contract=off"]
+    command = [compiler() or "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-ffp-contract=off"]
     done = subprocess.run(
         [*command, str(HERE / f"{driver}.cpp"), "-o", str(program)], capture_output=True, text=True, check=False
     )
@@ -86,7 +86,17 @@ def build_host_program(driver: str, folder: Path) -> Path:
 def build_host_library(driver: str, folder: Path) -> Path:
     """The same as a shared library, for drivers whose functions Python calls through ctypes."""
     library = folder / f"{driver}.so"
-    command = [compiler() or "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-ffp-contract=off", "-shared", "-fPIC"]
+    command = [
+        compiler() or "c++",
+        "-std=c++17",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-Wall",
+        "-Wextra",
+        "-ffp-contract=off",
+        "-shared",
+        "-fPIC",
+    ]
     done = subprocess.run(
         [*command, str(HERE / f"{driver}.cpp"), "-o", str(library)], capture_output=True, text=True, check=False
     )

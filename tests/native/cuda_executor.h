@@ -8,6 +8,7 @@
 // access beyond its end, and a touch of what cp.async has not brought yet. Blocks share nothing here: a launch is over
 // before the next begins, and global memory is not watched, so one launch's blocks must not talk to one another.
 #pragma once
+#include <setjmp.h>
 #include <string.h>
 #include <ucontext.h>
 
@@ -39,7 +40,9 @@ struct Granule {
 enum class Meeting { none, block, warp };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // where the thread begins; from then on it goes back and forth by `jump`, without a system call
+  jmp_buf jump;
+  bool started = false;
   std::unique_ptr<char[]> stack;
   Meeting waits = Meeting::none;
   bool done = false;
@@ -78,7 +81,7 @@ class Machine {
       for (int t : order) {
         if (threads_[t].done || threads_[t].waits != Meeting::none || !problem_.empty()) continue;
         current_ = t;
-        swapcontext(&scheduler_, &threads_[t].context);
+        resume(threads_[t]);
         progress = true;
       }
       progress = release() || progress;
@@ -95,7 +98,7 @@ class Machine {
     if (!problem_.empty()) leave();
     Thread& thread = threads_[current_];
     thread.waits = kind;
-    swapcontext(&thread.context, &scheduler_);
+    suspend(thread);
     if (!problem_.empty()) leave();
   }
 
@@ -157,7 +160,7 @@ class Machine {
   // Ends the running thread for good: the block has failed.
   void leave() {
     threads_[current_].done = true;
-    swapcontext(&threads_[current_].context, &scheduler_);
+    suspend(threads_[current_]);
   }
 
   static void enter(unsigned high, unsigned low) {
@@ -168,6 +171,17 @@ class Machine {
       machine->fail(error.what());
     }
     machine->threads_[machine->current_].done = true;
+    machine->suspend(machine->threads_[machine->current_]);
+  }
+
+  __attribute__((noinline)) void resume(Thread& thread) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (thread.started) _longjmp(thread.jump, 1);
+    thread.started = true;
+    setcontext(&thread.context);
+  }
+  __attribute__((noinline)) void suspend(Thread& thread) {
+    if (_setjmp(thread.jump) == 0) _longjmp(scheduler_, 1);
   }
 
   void start(int t) {
@@ -179,7 +193,7 @@ class Machine {
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = &scheduler_;
+    thread.context.uc_link = nullptr;
     const auto self = reinterpret_cast<uintptr_t>(this);
     makecontext(&thread.context, reinterpret_cast<void (*)()>(&Machine::enter), 2, unsigned(self >> 32), unsigned(self));
   }
@@ -249,7 +263,7 @@ class Machine {
   std::vector<Granule> granules_;
   std::vector<int> warp_phase_;
   const std::function<void(int)>* body_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   uint32_t seed_;
   int current_ = 0, block_phase_ = 0;
   std::string problem_;

@@ -3,9 +3,11 @@
 import ctypes
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from native.build import build_host_library
 
@@ -40,6 +42,43 @@ class Problem(ctypes.Structure):
 
 class Output(ctypes.Structure):
     _fields_ = [("indices", PerRow), ("quantized", Rows), ("squared_error", ctypes.c_void_p)]
+
+
+class Operands(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "rows", "codes", "half_norms", "beta", "norm", "error", "limit", "radius", "spread", "left_out",
+            "best", "second", "group", "open", "list", "ticket", "decided", "partial_error",
+        )
+    ]  # fmt: skip
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in (
+            "padded", "rows", "padded_rows", "padded_codes", "tiles", "splits", "tiles_per_split",
+            "code_parts", "row_parts", "row_lanes", "centred", "row_groups", "fused",
+        )
+    ]  # fmt: skip
+
+
+class Packed(NamedTuple):
+    """One problem after packing, in float64 numpy: what the candidate pass reads and what the certificate is told."""
+
+    q: np.ndarray  # (N, D')
+    p: np.ndarray  # (K', D')
+    half: np.ndarray
+    beta: np.ndarray
+    norm: np.ndarray
+    error: np.ndarray
+    radius: float
+    spread: float
+    left_out: bool
+    centre: np.ndarray  # (D,)
+    exponent: int
+    limits: Callable[[np.ndarray], np.ndarray]  # of rows with these best scores
 
 
 class Found(NamedTuple):
@@ -100,3 +139,45 @@ def nearest(
     if launches < 0:
         raise RuntimeError(complaint.value.decode())
     return Found(indices, decided.value, launches, splits.value, quantized, float(error) if quantize else None)
+
+
+def pack(z: torch.Tensor, codebook: torch.Tensor, metric: str = "euclidean") -> Packed:
+    """z (N, D), codebook (K, D)."""
+    problem = problem_of(z[None, None], codebook[None], metric=metric)
+    workspace = torch.full((workspace_bytes(problem, 1) + 256,), 0xFF, dtype=torch.uint8)
+    base = (workspace.data_ptr() + 255) // 256 * 256
+    operands, plan, frame = Operands(), Plan(), (ctypes.c_int * 2)()
+    centre = np.full(z.shape[1] + 64, np.nan, np.float32)
+    complaint = ctypes.create_string_buffer(400)
+    failed = library().cuda_pack(
+        ctypes.byref(problem), 1, ctypes.c_void_p(base), ctypes.byref(operands), ctypes.byref(plan),
+        ctypes.c_void_p(centre.ctypes.data), frame, complaint, len(complaint),
+    )  # fmt: skip
+    if failed:
+        raise RuntimeError(complaint.value.decode())
+    memory = workspace.numpy()
+
+    def read(name: str, kind: type, count: int) -> np.ndarray:
+        at = getattr(operands, name) - workspace.data_ptr()
+        return memory[at : at + count * np.dtype(kind).itemsize].view(kind).astype(np.float64)
+
+    norm, error = (read(name, np.float32, plan.rows) for name in ("norm", "error"))
+    radius, spread = (read(name, np.float32, plan.code_parts).max() for name in ("radius", "spread"))
+    left_out = bool(read("left_out", np.int32, plan.code_parts).any())
+
+    def limits(best: np.ndarray) -> np.ndarray:
+        given = [x.astype(np.float32) for x in (best, norm, error)]
+        out = np.empty_like(given[0])
+        library().cuda_limits(
+            ctypes.byref(problem), ctypes.c_float(radius), ctypes.c_float(spread), int(left_out), len(best),
+            *(ctypes.c_void_p(x.ctypes.data) for x in (*given, out)),
+        )  # fmt: skip
+        return out.astype(np.float64)
+
+    return Packed(
+        read("rows", np.float16, plan.rows * plan.padded).reshape(plan.rows, -1),
+        read("codes", np.float16, plan.padded_codes * plan.padded).reshape(plan.padded_codes, -1),
+        read("half_norms", np.float32, plan.padded_codes),
+        read("beta", np.float32, plan.rows), norm, error, radius, spread, left_out,
+        centre[: z.shape[1]].astype(np.float64), frame[0], limits,
+    )  # fmt: skip

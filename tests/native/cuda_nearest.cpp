@@ -79,6 +79,40 @@ int cuda_nearest(const Problem* problem, const Output* out, int64_t* decided, in
   return launch.launches;
 }
 
+// Packs alone; `operands` points into the workspace then. Head 0's centre and frame: {c, whether it is provable}.
+int cuda_pack(const Problem* problem, int processors, char* workspace, Operands* operands, Plan* plan, float* centre,
+              int* frame, char* complaint, int complaint_bytes) {
+  Call call = {*problem, plan_of(*problem, processors), {}, {}};
+  lay_out(*problem, call.plan, workspace, call.operands);
+  HostLauncher launch{0, processors};
+  try {
+    launch.pack(call, call.plan.code_parts + call.plan.row_parts, problem->z.heads);
+    launch.one(1, 1, kPackThreads, pack_shared_bytes(call.plan.padded), [&](executor::HostBlock& block) {
+      const Frame found = frame_of(block, call, 0);
+      if (block.thread() != 0) return;
+      for (int d = 0; d < call.plan.padded; ++d) centre[d] = block.shared<float>(0).get(d);
+      frame[0] = found.exponent, frame[1] = found.provable;
+    });
+  } catch (const std::exception& error) {
+    snprintf(complaint, size_t(complaint_bytes), "%s", error.what());
+    return -1;
+  }
+  *operands = call.operands;
+  *plan = call.plan;
+  return 0;
+}
+
+// The limit of rows whose best scores are given.
+void cuda_limits(const Problem* problem, float radius, float spread, int left_out, int count, const float* best,
+                 const float* norm, const float* error, float* out) {
+  const Call call = {*problem, plan_of(*problem, 1), {}, {}};
+  for (int i = 0; i < count; ++i)
+    out[i] = limit_of(call, Extent{radius, spread, left_out != 0}, best[i], norm[i], error[i]);
+}
+
+// What benchmarks/cuda_search_budget.py says of shared memory.
+int cuda_search_shared_bytes(int slice, int streamed) { return search_shared_bytes(slice, streamed != 0); }
+
 int64_t cuda_lookup_workspace(const Problem* problem) { return lookup_bytes(*problem); }
 
 // Indices that were given; the workspace is zero. Returns 0, or -1 with a sentence in `complaint`.

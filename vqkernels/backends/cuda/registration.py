@@ -16,6 +16,24 @@ from vqkernels.backends import sampling
 from vqkernels.backends.cuda import backward, nearest, statistics
 from vqkernels.backends.layout import Layout, empty_rows, layout_of
 
+LAUNCHERS = (
+    "cuda_nearest_workspace(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, int processors) -> int",
+    "cuda_nearest(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, Tensor(a!) indices,"
+    " Tensor(b!) decided, Tensor(c!)? quantized, Tensor(d!)? squared_error, Tensor(e!) workspace, int processors,"
+    " int stream) -> int",
+    "cuda_lookup_workspace(Tensor z, Tensor codebook) -> int",
+    "cuda_lookup(Tensor z, Tensor codebook, Tensor indices, Tensor(a!) quantized, Tensor(b!) squared_error,"
+    " Tensor(c!) workspace, int stream) -> ()",
+    "cuda_row_gradient(Tensor z, Tensor codebook, Tensor indices, Tensor incoming, Tensor grad, Tensor elements,"
+    " bool rotate, Tensor(a!) out, int stream) -> ()",
+    "cuda_segment_sums_workspace(int rows, int groups, int channels) -> int",
+    "cuda_segment_sums(Tensor z, Tensor indices, Tensor? mask, int codes, Tensor? codebook, Tensor? grad,"
+    " Tensor? elements, Tensor(a!)? counts, Tensor(b!) sums, Tensor(c!) workspace, int stream) -> ()",
+)
+_library = torch.library.Library("vqkernels", "FRAGMENT")
+for _schema in LAUNCHERS:
+    _library.define(_schema)
+
 
 def _heads(codebook: Tensor) -> Tensor:
     return codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
@@ -93,25 +111,6 @@ def _quantize_backward(
         view,
     )
     return _written(out, view, layout), grad_codebook.view(codebook.shape) if codebook_gradient else grad_codebook
-
-
-LAUNCHERS = (
-    "cuda_nearest_workspace(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, int processors) -> int",
-    "cuda_nearest(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, Tensor(a!) indices,"
-    " Tensor(b!) decided, Tensor(c!)? quantized, Tensor(d!)? squared_error, Tensor(e!) workspace, int processors,"
-    " int stream) -> int",
-    "cuda_lookup_workspace(Tensor z, Tensor codebook) -> int",
-    "cuda_lookup(Tensor z, Tensor codebook, Tensor indices, Tensor(a!) quantized, Tensor(b!) squared_error,"
-    " Tensor(c!) workspace, int stream) -> ()",
-    "cuda_row_gradient(Tensor z, Tensor codebook, Tensor indices, Tensor incoming, Tensor grad, Tensor elements,"
-    " bool rotate, Tensor(a!) out, int stream) -> ()",
-    "cuda_segment_sums_workspace(int rows, int groups, int channels) -> int",
-    "cuda_segment_sums(Tensor z, Tensor indices, Tensor? mask, int codes, Tensor? codebook, Tensor? grad,"
-    " Tensor? elements, Tensor(a!)? counts, Tensor(b!) sums, Tensor(c!) workspace, int stream) -> ()",
-)
-_library = torch.library.Library("vqkernels", "FRAGMENT")
-for _schema in LAUNCHERS:
-    _library.define(_schema)
 
 
 def _statistics(
