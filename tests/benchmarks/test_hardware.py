@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-STEPS = {"correctness", "accumulation", "grid", "model", "questions", "entropy", "entropy times"}
+STEPS = {"correctness", "accumulation", "grid", "model", "questions", "entropy", "entropy times", "cuda", "cuda times"}
 
 
 def command(out, *options, **environment):

@@ -9,7 +9,11 @@ from benchmarks import cuda_budget
 TABLE = json.loads(cuda_budget.TABLE.read_text())
 CHIPS = [pytest.param(chip, marks=() if chip == "sm_90a" else pytest.mark.slow) for chip in cuda_budget.CHIPS]
 REGISTERS = 65536  # of a multiprocessor
-BLOCKS = {"SumChunks": (128, 4), "WriteKeys": (256, 4), "WriteBorders": (256, 4), "WriteTotals": (512, 2)}
+# threads, and blocks of which a multiprocessor must hold so many
+BLOCKS = {
+    "SumChunks": (128, 4), "WriteKeys": (256, 4), "WriteBorders": (256, 4), "WriteTotals": (512, 2),
+    "WriteRowGradients": (128, 8), "LookUp": (128, 4),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("chip", CHIPS)
