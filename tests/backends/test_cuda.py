@@ -13,6 +13,7 @@ from native.build import compiler
 
 import vqkernels as vq
 from vqkernels.backends import cpu, cuda, gpu, registry, triton, verified
+from vqkernels.cli import verify as command
 from vqkernels.verification import suite
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +165,19 @@ def test_every_claim_through_the_executor():
     outcomes = rehearsed("statistics", "backward", "lookup", "quantize", "all", "--every", "8")
     assert len(outcomes) == 8
     assert all(cases > 0 and not failures for _, _, cases, failures in outcomes), outcomes
+
+
+def test_the_command_notes_a_proof(machine, monkeypatch, capsys):
+    machine(HOPPER)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "triton_version", lambda: "3.6")
+    outcome = suite.Outcome("statistics", "a claim", 1, 0.0, ())
+    for failures in (("a case",), ()):
+        found = outcome._replace(failures=failures)
+        monkeypatch.setattr(command, "verify", lambda backend, device, workers, found=found: iter([found]))
+        assert command.run(["--backend", "cuda"]) == int(bool(failures))
+        assert (verified.where(gpu.cuda_key(HOPPER)) is None) == bool(failures)
+    assert verified.where(gpu.key(HOPPER)) is None, "the Triton kernels were not proved"
 
 
 def test_the_suite_claims_what_the_backend_has():
