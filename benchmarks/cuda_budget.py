@@ -3,9 +3,9 @@
     python -m benchmarks.cuda_budget            print the table
     python -m benchmarks.cuda_budget --write    also write benchmarks/results/cuda_budget.json
 
-Compiles every csrc/cuda/*.cu with nvcc and the flags of setup.py, once for every chip. What was compiled is kept in build/,
-keyed by the sources, the flags and nvcc's release. The kernels of CUB are not ours and are left out. The search, whose
-loop is counted too, has a table of its own (benchmarks/cuda_search_budget.py).
+Compiles every csrc/cuda/*.cu with nvcc and the flags of setup.py, once for every chip. What was compiled is kept in
+build/, keyed by the sources, the flags and nvcc's release. The kernels of CUB are not ours and are left out. The
+search, whose loop is counted too, has a table of its own (benchmarks/cuda_search_budget.py).
 """
 
 import argparse

@@ -1,4 +1,5 @@
 // vqkernels::cuda_nearest: nearest codes and, if asked for, what quantization makes of them, on the GPU.
+#include "../cuda/lookup.h"
 #include "../cuda/nearest.h"
 
 #include "cuda_views.h"
@@ -50,10 +51,38 @@ int64_t cuda_nearest(const Tensor& z, const Tensor& codebook, std::optional<Tens
   return launches;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vqkernels, CompositeExplicitAutograd, m) {
-  m.impl("cuda_nearest_workspace", TORCH_BOX(&cuda_nearest_workspace));
+int64_t cuda_lookup_workspace(const Tensor& z, const Tensor& codebook) {
+  const cuda::Problem problem = problem_of(z, codebook, std::nullopt, "euclidean", "exact");
+  size_t bytes = 0;
+  check_cuda(vqkernels_cuda_lookup_workspace(&problem, &bytes), "the look-up");
+  return int64_t(bytes);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) { m.impl("cuda_nearest", TORCH_BOX(&cuda_nearest)); }
+// Fills quantized, of z's sizes and dtype, and squared_error () float64 from indices (batch, head, position) int64.
+void cuda_lookup(const Tensor& z, const Tensor& codebook, const Tensor& indices, Tensor quantized, Tensor squared_error,
+                 Tensor workspace, int64_t stream) {
+  const cuda::Problem problem = problem_of(z, codebook, std::nullopt, "euclidean", "exact");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 3 &&
+                      indices.numel() == problem.z.total(),
+                  "indices must be int64, one per row");
+  STD_TORCH_CHECK(quantized.dim() == 4 && quantized.scalar_type() == z.scalar_type() && quantized.numel() == z.numel() &&
+                      squared_error.scalar_type() == ScalarType::Double,
+                  "quantized must be like z, squared_error float64");
+  const cuda::Output out = {cuda_per_row(indices), cuda_rows(quantized),
+                            static_cast<double*>(squared_error.mutable_data_ptr())};
+  check_cuda(vqkernels_cuda_lookup(&problem, &out, workspace.mutable_data_ptr(), size_t(workspace.numel()),
+                                   stream_of(stream)),
+             "the look-up");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_nearest_workspace", TORCH_BOX(&cuda_nearest_workspace));
+  m.impl("cuda_lookup_workspace", TORCH_BOX(&cuda_lookup_workspace));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vqkernels, CUDA, m) {
+  m.impl("cuda_nearest", TORCH_BOX(&cuda_nearest));
+  m.impl("cuda_lookup", TORCH_BOX(&cuda_lookup));
+}
 
 }  // namespace vqkernels

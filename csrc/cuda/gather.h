@@ -43,7 +43,8 @@ VQ_BOTH double gather_rows(Block& block, const Call& call, int64_t head, int64_t
   for (int64_t d = sub; d < p.z.channels; d += kLanes) {
     Real e = 0;
     if (index >= 0) {
-      e = element<Real>(p.codebook.data, p.codebook.dtype, code + d * p.codebook.channel_stride);
+      if (index < p.codes) e = element<Real>(p.codebook.data, p.codebook.dtype, code + d * p.codebook.channel_stride);
+      else e = Real(NAN);  // an index that was given, not found
       const Real x = element<Real>(p.z.data, p.z.dtype, from + d * p.z.channel_stride), residual = x - e;
       error += double(residual) * double(residual) + double(x - x);  // x - x: NaN where x is not finite
     }
@@ -76,6 +77,20 @@ template <class Block> VQ_BOTH void gather_group(Block& block, const Call& call,
 
 template <class Block> VQ_BOTH void gather_block(Block& block, const Call& call) {
   gather_group(block, call, block.index_y(), block.index(), kSumsAt);
+}
+
+// Look-up alone, of indices that were given. Its workspace: a ticket, which must be zero, then the partial sums.
+constexpr int64_t kTicketBytes = 256;
+
+inline int64_t lookup_bytes(const Problem& problem) {
+  return kTicketBytes + problem.z.heads * plan_of(problem, 1).row_groups * 8;
+}
+
+inline Call lookup_call(const Problem& problem, const Output& out, char* workspace) {
+  Call call = {problem, plan_of(problem, 1), {}, out};
+  call.operands.ticket = reinterpret_cast<int*>(workspace);
+  call.operands.partial_error = reinterpret_cast<double*>(workspace + kTicketBytes);
+  return call;
 }
 
 }  // namespace cuda

@@ -1,8 +1,5 @@
 """The CUDA backend's search from the operator down, on CPU tensors: the launch is the executor's, all else is real."""
 
-import contextlib
-import types
-
 import pytest
 import torch
 from native import cuda_host
@@ -43,10 +40,6 @@ class Executor:
 @pytest.fixture(autouse=True)
 def executed(monkeypatch):
     monkeypatch.setattr(launching, "_operators", Executor)
-    monkeypatch.setattr(launching, "_processors", lambda index: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
 
 
 CALLS = {

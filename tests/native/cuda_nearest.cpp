@@ -119,4 +119,21 @@ void cuda_limits(const Problem* problem, float radius, float spread, int left_ou
 // What benchmarks/cuda_search_budget.py says of shared memory.
 int cuda_search_shared_bytes(int slice, int streamed) { return search_shared_bytes(slice, streamed != 0); }
 
+int64_t cuda_lookup_workspace(const Problem* problem) { return lookup_bytes(*problem); }
+
+// Indices that were given; the workspace is zero. Returns 0, or -1 with a sentence in `complaint`.
+int cuda_lookup(const Problem* problem, const Output* out, uint32_t seed, char* workspace, char* complaint,
+                int complaint_bytes) {
+  const Call call = lookup_call(*problem, *out, workspace);
+  HostLauncher launch{seed, 1};
+  try {
+    *out->squared_error = 0.0;
+    if (call.plan.rows > 0) launch.gather(call, call.plan.row_groups, problem->z.heads);
+  } catch (const std::exception& error) {
+    snprintf(complaint, size_t(complaint_bytes), "%s", error.what());
+    return -1;
+  }
+  return 0;
+}
+
 }

@@ -73,9 +73,13 @@ def _automatic(device: torch.device, operator: str | None) -> str:
         problem, doubt = gpu.state(device.index)
         if not problem and not doubt:
             return "triton"
-        if operator in CUDA_OPERATORS and gpu.cuda_state(device.index) == ("", ""):
+        own_problem, own_doubt = gpu.cuda_state(device.index) if operator in CUDA_OPERATORS else ("no kernel", "")
+        if not own_problem and not own_doubt:
             return "cuda"
-        if problem:
+        if problem and not own_problem:
+            until = "using the slower eager backend until `vqkernels verify --backend cuda` has proved them"
+            _warn_once(f"vqkernels: the Triton kernels are unavailable ({problem}), and {own_doubt}; {until}")
+        elif problem:
             _warn_once(f"vqkernels: the Triton kernels are unavailable ({problem}); using the slower eager backend")
         else:
             _warn_once(f"vqkernels: {doubt}; using the slower eager backend until `vqkernels verify` has proved them")

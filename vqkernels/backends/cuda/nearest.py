@@ -7,12 +7,12 @@ for the device. `precision="fast"` takes the rounded operands for exact.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vqkernels.backends.cuda import launch
 from vqkernels.backends.cuda import statistics as segments
 
 MOST_CHANNELS = 8192
@@ -46,13 +46,29 @@ def quantize(
     indices, decided = _outputs(z)
     squared_error = torch.empty((), dtype=torch.float64, device=z.device)
     _launch(z, codebook, mask, metric, precision, indices, decided, out, squared_error)
-    if statistics:
-        counts, sums = segments.statistics(z, indices, codebook.shape[1], mask)
-    else:
-        counts = torch.empty(0, dtype=torch.int64, device=z.device)
-        wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-        sums = torch.empty(0, dtype=wide, device=z.device)
+    counts, sums = _statistics(z, indices, codebook, mask, statistics)
     return indices, squared_error, counts, sums
+
+
+def lookup(z: Tensor, codebook: Tensor, indices: Tensor, statistics: bool, out: Tensor) -> tuple[Tensor, ...]:
+    """quantize() for given indices (B, H, P): squared error, counts, sums. -1 marks a masked row, and a row whose index
+    is not below the codebook's size becomes NaN."""
+    squared_error = torch.empty((), dtype=torch.float64, device=z.device)
+    _check(z, codebook)
+    kernels = _operators()
+    with launch.on_device(z):
+        workspace = torch.empty(kernels.cuda_lookup_workspace(z, codebook), dtype=torch.uint8, device=z.device)
+        kernels.cuda_lookup(z, codebook, indices, out, squared_error, workspace, launch.stream(z))
+    return squared_error, *_statistics(z, indices, codebook, None, statistics)
+
+
+def _statistics(
+    z: Tensor, indices: Tensor, codebook: Tensor, mask: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    if wanted:
+        return segments.statistics(z, indices, codebook.shape[1], mask)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return torch.empty(0, dtype=torch.int64, device=z.device), torch.empty(0, dtype=wide, device=z.device)
 
 
 def _outputs(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,15 +81,23 @@ def _operators() -> Any:
     return torch.ops.vqkernels
 
 
-@functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _launch(
     z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str, indices: Tensor, decided: Tensor,
     quantized: Tensor | None, squared_error: Tensor | None,
 ) -> None:  # fmt: skip
+    _check(z, codebook)
+    kernels = _operators()
+    processors = launch.processors(z)
+    with launch.on_device(z):
+        size = kernels.cuda_nearest_workspace(z, codebook, mask, metric, precision, processors)
+        workspace = torch.empty(size, dtype=torch.uint8, device=z.device)
+        kernels.cuda_nearest(
+            z, codebook, mask, metric, precision, indices, decided, quantized, squared_error, workspace, processors,
+            launch.stream(z),
+        )  # fmt: skip
+
+
+def _check(z: Tensor, codebook: Tensor) -> None:
     batch, _, positions, dim = z.shape
     if dim > MOST_CHANNELS:
         raise RuntimeError(f"the CUDA kernels search up to {MOST_CHANNELS} channels, got {dim}")
@@ -82,13 +106,3 @@ def _launch(
             f"the CUDA kernels search up to {MOST_ROWS} rows and codes per head,"
             f" got {batch * positions} rows and {codebook.shape[1]} codes"
         )
-    kernels = _operators()
-    with torch.cuda.device(z.device):
-        processors = _processors(torch.cuda.current_device())
-        size = kernels.cuda_nearest_workspace(z, codebook, mask, metric, precision, processors)
-        workspace = torch.empty(size, dtype=torch.uint8, device=z.device)
-        stream = torch.cuda.current_stream().cuda_stream
-        kernels.cuda_nearest(
-            z, codebook, mask, metric, precision, indices, decided, quantized, squared_error, workspace, processors,
-            stream,
-        )  # fmt: skip

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqkernels.backends.cuda import launch
+
 LIMIT = 2**31
 
 
@@ -47,10 +49,9 @@ def _segment_sums(
     rows, groups = batch * heads * positions, heads * codes
     if max(rows, groups) >= LIMIT:
         raise RuntimeError(f"the CUDA kernels number rows and codes in 31 bits, got {rows} rows and {groups} codes")
-    with torch.cuda.device(z.device):
+    with launch.on_device(z):
         size = kernels.cuda_segment_sums_workspace(rows, groups, dim)
         workspace = torch.empty(size, dtype=torch.uint8, device=z.device)
-        stream = torch.cuda.current_stream().cuda_stream
         kernels.cuda_segment_sums(
-            z, indices, mask, codes, codebook, grad, elements, counts, sums, workspace, stream
-        )  # fmt: skip
+            z, indices, mask, codes, codebook, grad, elements, counts, sums, workspace, launch.stream(z)
+        )
