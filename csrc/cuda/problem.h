@@ -18,7 +18,8 @@ constexpr int kPackLanes = 8;        // lanes that share a row whose channels ar
 constexpr int kMostCodeParts = 64;   // blocks that pack the codes of a head
 constexpr int kMostSplits = 64;
 constexpr int kMostChannels = 8192;  // the centre lies in shared memory
-constexpr int64_t kFewRows = 8192;   // up to here one kernel finishes what the search began
+constexpr int64_t kFewRows = 8192;   // up to here one kernel finishes what the search began, if there are
+constexpr int64_t kFewScores = int64_t(1) << 24;  // no more scores either: an undecided row costs its block all codes
 
 // The codebook has `codes` codes; the mask may be null. `certified` false: precision="fast".
 struct Problem {
@@ -74,7 +75,8 @@ inline int64_t rounded_up(int64_t x, int64_t to) { return blocks_of(x, to) * to;
 inline bool countable(const Problem& p) {
   const int64_t most = int64_t(1) << 30;
   return p.z.batch >= 0 && p.z.positions >= 0 && p.z.heads >= 0 && p.z.heads < 65536 && p.codes > 0 && p.codes <= most &&
-         p.z.channels > 0 && p.z.channels <= kMostChannels && (p.z.positions == 0 || p.z.batch <= most / p.z.positions);
+         p.z.channels > 0 && p.z.channels <= kMostChannels && (p.z.positions == 0 || p.z.batch <= most / p.z.positions) &&
+         p.z.total() / kFinishRows < most;
 }
 
 inline Plan plan_of(const Problem& p, int processors) {
@@ -99,7 +101,8 @@ inline Plan plan_of(const Problem& p, int processors) {
   plan.row_parts = int(row_blocks < 8 * int64_t(processors) ? row_blocks : 8 * int64_t(processors));
   plan.centred = p.metric == Metric::euclidean && (size_of(p.z.dtype) > 2 || size_of(p.codebook.dtype) > 2);
   plan.row_groups = int(blocks_of(plan.rows, kFinishRows));
-  plan.fused = int64_t(plan.rows) * p.z.heads <= kFewRows;
+  const int64_t rows = int64_t(plan.rows) * p.z.heads;
+  plan.fused = rows <= kFewRows && rows * p.codes <= kFewScores;
   return plan;
 }
 

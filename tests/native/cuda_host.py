@@ -115,6 +115,15 @@ def workspace_bytes(problem: Problem, processors: int) -> int:
     return library().cuda_nearest_workspace(ctypes.byref(problem), processors)
 
 
+def plan_of(rows: int, codes: int, dim: int, *, heads: int = 1, processors: int = 132) -> Plan:
+    """How a call of these sizes is cut up; contiguous float32, no memory is touched."""
+    one, plan = torch.empty(1), Plan()
+    z = Rows(one.data_ptr(), 0, 1, heads, rows, dim, 0, rows * dim, dim, 1)
+    problem = Problem(z, Codes(one.data_ptr(), 0, codes * dim, dim, 1), PerRow(), codes, 0, 1)
+    assert library().cuda_plan(ctypes.byref(problem), processors, ctypes.byref(plan)) == 0
+    return plan
+
+
 def nearest(
     z, codebook, mask=None, *, metric="euclidean", certified=True, quantize=False, separate=False, processors=1, seed=0
 ) -> Found:

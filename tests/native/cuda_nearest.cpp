@@ -79,6 +79,12 @@ int cuda_nearest(const Problem* problem, const Output* out, int64_t* decided, in
   return launch.launches;
 }
 
+int cuda_plan(const Problem* problem, int processors, Plan* plan) {
+  if (!countable(*problem)) return -1;
+  *plan = plan_of(*problem, processors);
+  return 0;
+}
+
 // Packs alone; `operands` points into the workspace then. Head 0's centre and frame: {c, whether it is provable}.
 int cuda_pack(const Problem* problem, int processors, char* workspace, Operands* operands, Plan* plan, float* centre,
               int* frame, char* complaint, int complaint_bytes) {

@@ -167,6 +167,25 @@ def test_heads_batches_and_strides(layout):
     assert found.quantized.stride() == torch.empty_like(z).stride()
 
 
+@pytest.mark.parametrize("processors", [1, 7, 132])
+def test_plans_leave_nothing_out(processors):
+    for rows, codes, heads in itertools.product((1, 128, 129, 1024, 10**6), (1, 64, 65, 512, 8192, 10**6), (1, 3)):
+        plan = cuda_host.plan_of(rows, codes, 64, heads=heads, processors=processors)
+        assert rows <= plan.padded_rows < rows + 128 and codes <= plan.padded_codes < codes + 64
+        assert plan.padded_codes == 64 * plan.tiles
+        assert (plan.splits - 1) * plan.tiles_per_split < plan.tiles <= plan.splits * plan.tiles_per_split
+        assert 1 <= plan.splits <= 64 and 1 <= plan.code_parts <= 64 and plan.row_parts <= 8 * processors
+        assert plan.row_groups == -(-rows // 16)
+
+
+def test_the_small_training_step_is_fused_and_spread_over_the_chip():
+    plan = cuda_host.plan_of(1024, 512, 64)
+    assert plan.fused and plan.splits * plan.padded_rows // 128 >= 64, "64 blocks where rows alone give 8"
+    assert not cuda_host.plan_of(8192, 65536, 64).fused, "an undecided row would cost its block all codes"
+    assert not cuda_host.plan_of(8193, 16, 64).fused
+    assert cuda_host.plan_of(10**6, 512, 64).splits == 1
+
+
 def test_offsets_pass_two_to_the_31():
     """Two batches of half precision, 2^31 elements apart, in memory of which only what is touched exists."""
     far, rows, dim = 2**31 + 64, 4, 5
