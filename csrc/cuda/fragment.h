@@ -17,6 +17,14 @@
 
 #include "portable.h"
 
+#if defined(__CUDACC__)
+#define VQ_UNROLL _Pragma("unroll")
+#define VQ_ROLLED _Pragma("unroll 1")
+#else
+#define VQ_UNROLL
+#define VQ_ROLLED
+#endif
+
 namespace vqkernels {
 namespace cuda {
 

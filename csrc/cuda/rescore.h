@@ -91,7 +91,7 @@ template <class Block> VQ_BOTH void rescore_rows(Block& block, const Call& call,
       const uint32_t left[4] = {left_at[0][k], left_at[1][k], left_at[0][k + 4], left_at[1][k + 4]};
       multiply(block, sum, left, right_at[k], right_at[k + 4]);
     }
-#pragma unroll 1
+    VQ_ROLLED
     for (int i = 0; i < 4; ++i) {
       const int h = i >> 1, code = tile * kProductCodes + 2 * place + (i & 1);
       const float half = o.half_norms[head * plan.padded_codes + code];

@@ -67,7 +67,7 @@ VQ_BOTH Resolved resolve_row(Block& block, const Call& call, const Extent& exten
   float product = 0.0f;
   for (int c = 0; c < plan.padded / kChunkNumbers; ++c) {
     const Chunk left = q[c], right = p[c];
-#pragma unroll
+    VQ_UNROLL
     for (int i = 0; i < 4; ++i) {
       product = fmaf(widen(Float16{uint16_t(left.word[i])}), widen(Float16{uint16_t(right.word[i])}), product);
       product = fmaf(widen(Float16{uint16_t(left.word[i] >> 16)}), widen(Float16{uint16_t(right.word[i] >> 16)}), product);

@@ -51,7 +51,7 @@ VQ_BOTH void fetch_rows(Block& block, typename Block::template Shared<Chunk> to,
   const int row = block.thread() / kChunks, chunk = block.thread() % kChunks;
   const uint16_t* source = from + row * pitch + chunk * kChunkNumbers;
   const int place = swizzled(row, chunk, kChunks);
-#pragma unroll
+  VQ_UNROLL
   for (int i = 0; i < kCount / kStep; ++i)
     block.copy_async(to, place + i * kSearchThreads, reinterpret_cast<const Chunk*>(source + i * kStep * pitch));
   if (kCount % kStep != 0 && row < kCount % kStep)  // few channels: fewer chunks than threads
@@ -62,10 +62,10 @@ VQ_BOTH void fetch_rows(Block& block, typename Block::template Shared<Chunk> to,
 // Folds the sums of 16 rows and a block of 32 codes into the bests of this lane's two rows.
 template <class Block>
 VQ_BOTH void fold(Block&, const float (&sum)[4][4], const Pair (&half)[4], const float* scale, Best* best, int number) {
-#pragma unroll
+  VQ_UNROLL
   for (int h = 0; h < 2; ++h) {
     float lowest = INFINITY;
-#pragma unroll
+    VQ_UNROLL
     for (int n = 0; n < 4; ++n) {
       lowest = fminf(lowest, fmaf(-scale[h], sum[n][2 * h], half[n].first));
       lowest = fminf(lowest, fmaf(-scale[h], sum[n][2 * h + 1], half[n].next));
@@ -103,9 +103,9 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
     block.commit();
     block.template wait<0>();
     block.sync();
-#pragma unroll
+    VQ_UNROLL
     for (int m = 0; m < 2; ++m)
-#pragma unroll
+      VQ_UNROLL
       for (int k = 0; k < kDepth; ++k)
         load_matrices(block, all,
                       swizzled(warp_row + m * kProductRows + left_at.row, 2 * k + left_at.column, kChunks), left[m][k]);
@@ -114,7 +114,7 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
 
   float scale[4];
   Best best[4];
-#pragma unroll
+  VQ_UNROLL
   for (int i = 0; i < 4; ++i) {
     scale[i] = g.beta[first_row + warp_row + 8 * i + lane / 4];
     best[i] = none();
@@ -141,7 +141,7 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
   constexpr int kSums = kStreamed ? kBlocks : 1;  // blocks of 32 codes whose sums are alive at once
   float sum[kSums][2][4][4];
   const auto clear = [&] {
-#pragma unroll
+    VQ_UNROLL
     for (int i = 0; i < kSums * 32; ++i) (&sum[0][0][0][0])[i] = 0.0f;
   };
   clear();
@@ -155,12 +155,12 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
     const auto half_at = block.template shared<Pair>(at + kHalvesAt);
     stage = stage == 2 ? 0 : stage + 1;
     const auto multiply_block = [&](int b, int k, const uint32_t(&l0)[4], const uint32_t(&l1)[4], float(&to)[2][4][4]) {
-#pragma unroll
+      VQ_UNROLL
       for (int p = 0; p < 2; ++p) {
         uint32_t right[4];
         load_matrices(block, right_rows,
                       swizzled(b * kBlockCodes + 16 * p + right_at.row, 2 * k + right_at.column, kChunks), right);
-#pragma unroll
+        VQ_UNROLL
         for (int n = 0; n < 2; ++n) {
           multiply(block, to[0][2 * p + n], l0, right[2 * n], right[2 * n + 1]);
           multiply(block, to[1][2 * p + n], l1, right[2 * n], right[2 * n + 1]);
@@ -169,35 +169,35 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
     };
     const auto reduce = [&](int b, const float(&from)[2][4][4]) {
       Pair half[4];
-#pragma unroll
+      VQ_UNROLL
       for (int n = 0; n < 4; ++n) half[n] = half_at.get(b * 16 + 4 * n + place);
-#pragma unroll
+      VQ_UNROLL
       for (int m = 0; m < 2; ++m) fold(block, from[m], half, scale + 2 * m, best + 2 * m, number + b);
     };
     if constexpr (kStreamed) {
       const auto left_rows = block.template shared<Chunk>(at);
-#pragma unroll
+      VQ_UNROLL
       for (int k = 0; k < kDepth; ++k) {
         uint32_t l[2][4];
-#pragma unroll
+        VQ_UNROLL
         for (int m = 0; m < 2; ++m)
           load_matrices(block, left_rows,
                         swizzled(warp_row + m * kProductRows + left_at.row, 2 * k + left_at.column, kChunks), l[m]);
-#pragma unroll
+        VQ_UNROLL
         for (int b = 0; b < kBlocks; ++b) multiply_block(b, k, l[0], l[1], sum[b]);
       }
       if (++slice == slices) {
-#pragma unroll
+        VQ_UNROLL
         for (int b = 0; b < kBlocks; ++b) reduce(b, sum[b]);
         clear();
         slice = 0;
         number += kBlocks;
       }
     } else {
-#pragma unroll
+      VQ_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
         clear();
-#pragma unroll
+        VQ_UNROLL
         for (int k = 0; k < kDepth; ++k) multiply_block(b, k, left[0][k], left[1][k], sum[0]);
         reduce(b, sum[0]);
       }
@@ -206,11 +206,11 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
   }
 
   const int64_t out = (int64_t(split) * g.heads + head) * g.padded_rows + row_tile * kSearchRows + warp_row + lane / 4;
-#pragma unroll
+  VQ_UNROLL
   for (int i = 0; i < 4; ++i) {
     Best mine = best[i];
     mine.group = group_of(mine.group, place);
-#pragma unroll
+    VQ_UNROLL
     for (int lanes = 1; lanes < 4; lanes *= 2) {
       const Best other = {block.shuffle_xor(mine.best, lanes), block.shuffle_xor(mine.second, lanes),
                           block.shuffle_xor(mine.group, lanes)};
