@@ -55,7 +55,7 @@ def test_auto_takes_the_cuda_kernels_only_where_they_were_verified(machine):
     with pytest.warns(RuntimeWarning, match=unproved.format(1)):
         assert registry.resolve("auto", "cuda:1", "nearest") == "eager"
     report = dict(registry.report())
-    assert report["backend cuda"].startswith("nvcc 13.0 for sm_80, sm_90a; lookup, nearest,")
+    assert report["backend cuda"].startswith("nvcc 13.0 for sm_80, sm_90a; kmeans_init, lookup, nearest,")
     assert report["cuda on GPU 0"] == f"verified, says {path}"
     assert report["cuda on GPU 1"].startswith(
         "not verified: auto does not take it; run `vqkernels verify --backend cuda`"
@@ -88,7 +88,9 @@ def test_a_refusal_is_one_sentence(machine, monkeypatch):
     with pytest.raises(RuntimeError, match='backend "cuda" computes CUDA tensors, got a tensor on cpu'):
         vq.codebook_statistics(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), 4, backend="cuda")
     machine(HOPPER)
-    with pytest.raises(RuntimeError, match='backend "cuda" has no kernel for "entropy"; it has lookup, nearest'):
+    with pytest.raises(
+        RuntimeError, match='backend "cuda" has no kernel for "entropy"; it has kmeans_init, lookup, nearest'
+    ):
         registry.resolve("cuda", "cuda", "entropy")
     monkeypatch.setattr(cuda, "build", lambda: {"absent": "nvcc is not found: set CUDA_HOME to the CUDA toolkit"})
     machine(HOPPER)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from . import cpu, cuda, gpu, triton, verified
-from .cuda.registration import OPERATORS as CUDA_OPERATORS
+from .cuda.registration import SERVED as CUDA_OPERATORS
 from .triton import registration
 
 NAMES = ("auto", "cpu", "triton", "cuda", "eager")

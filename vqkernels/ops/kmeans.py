@@ -171,6 +171,7 @@ kmeans_init = Operation(
     _fake,
     partial(cluster, "eager"),
     partial(cluster, "kernel"),
+    partial(cluster, "cuda"),
 )
 
 

@@ -25,9 +25,12 @@ class Operation:
         fake: Callable[..., Any],
         eager: Callable[..., Any],
         kernel: Callable[..., Any] | None = None,
+        cuda: Callable[..., Any] | None = None,
     ) -> None:
-        """`kernel`: `vqkernels::X` on every device, for an operation that is built from other operators' kernels."""
-        for overload in ("", ".eager", *((".cuda",) if name in CUDA_OPERATORS else ())):
+        """`kernel`: `vqkernels::X` on every device, for an operation that is built from other operators' kernels;
+        `cuda` the same for `vqkernels::X.cuda`."""
+        cuda = CUDA_OPERATORS.get(name, cuda)
+        for overload in ("", ".eager", *((".cuda",) if cuda else ())):
             _library.define(f"{name}{overload}{arguments}", tags=(torch.Tag.needs_exact_strides,))
             torch.library.register_fake(f"vqkernels::{name}{overload}", fake, lib=_library)
         _library.impl(f"{name}.eager", eager, "CompositeExplicitAutograd")
@@ -37,8 +40,8 @@ class Operation:
         self.kernel = packet.default
         self.eager = packet.eager
         self.cuda = None
-        if name in CUDA_OPERATORS:
-            _library.impl(f"{name}.cuda", CUDA_OPERATORS[name], "CompositeExplicitAutograd")
+        if cuda is not None:
+            _library.impl(f"{name}.cuda", cuda, "CompositeExplicitAutograd")
             self.cuda = packet.cuda
 
     def __call__(self, backend: str, *arguments: Any) -> Any:

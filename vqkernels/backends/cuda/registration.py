@@ -129,3 +129,5 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "sample": sampling.sample,  # no kernel yet: plain PyTorch serves the GPU
     "statistics": _statistics,
 }
+# "kmeans_init" is composed of these, in vqkernels/ops
+SERVED = frozenset({*OPERATORS, "kmeans_init"})
