@@ -9,6 +9,11 @@ TRITON_BIN := $(TRITON_VENV)/bin
 TRITON_READY := $(TRITON_VENV)/.ready
 TRITON_TESTS := tests/backends/triton tests/benchmarks
 DEMO := runs/demo
+# With nvcc at hand the CUDA kernels are built too, for one GPU: the tests' torch is without CUDA, and the library must
+# load and compute on the CPU all the same. FORCE_CUDA=0 leaves them out.
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
+export FORCE_CUDA ?= $(if $(NVCC),1,0)
+export TORCH_CUDA_ARCH_LIST ?= 9.0a
 
 .PHONY: demo test test-all test-triton test-triton-all lint instructions clean
 

@@ -12,7 +12,13 @@ FLOORS = ["reference", "backends", "ops", "nn", "models", "training", "cli"]
 RANK = {name: rank for rank, name in enumerate(FLOORS)} | {"dropin": 4, "bench": 4, "verification": 4, "version": 0}
 # Within a floor: who may import whom.
 DRAWN = {
-    "backends/registry": {"backends/cpu", "backends/gpu", "backends/verified", "backends/triton/registration"},
+    "backends/registry": {
+        "backends/cpu",
+        "backends/cuda/registration",
+        "backends/gpu",
+        "backends/verified",
+        "backends/triton/registration",
+    },
     "backends/gpu": {"backends/verified"},
     "backends/eager": {"backends/layout", "backends/rotation"},
     "backends/eager_residual": {"backends/eager", "backends/layout", "backends/rotation"},
@@ -20,6 +26,7 @@ DRAWN = {
     "backends/pixelcnn": {"backends/drawing"},
     "backends/sampling": {"backends/counter", "backends/layout"},
     "backends/triton/registration": {"backends/layout", "backends/sampling"},
+    "backends/cuda/registration": {"backends/layout", "backends/sampling"},
     "ops/nearest": {"ops/checks", "ops/registration"},
     "ops/statistics": {"ops/checks", "ops/registration"},
     "ops/quantize": {"ops/checks", "ops/registration"},
@@ -196,8 +203,9 @@ def test_within_a_floor_only_along_the_drawn_list():
         if floor(name) not in RANK or floor(name) in FREE or name.endswith("__init__"):
             continue
         peers = {o for o in imports(name, path) if floor(o) == floor(name) and not o.endswith("__init__")}
-        if "triton" in name:  # one backend, a house of its own
-            peers = {o for o in peers if "triton" not in o}
+        for backend in ("triton", "cuda"):  # each a house of its own
+            if f"backends/{backend}/" in name:
+                peers = {o for o in peers if f"backends/{backend}/" not in o}
         assert peers <= DRAWN.get(name, set()), f"{name} imports {peers - DRAWN.get(name, set())}"
 
 

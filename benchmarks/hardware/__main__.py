@@ -4,9 +4,10 @@
     TRITON_INTERPRET=1 python -m benchmarks.hardware --dry-run --out DIR     (on a CPU: every step, tiny, no times)
 
 Needs torch, triton, numpy and the source tree, and no network. In this order: correctness, the accumulation model, the
-entropy kernels, the benchmark grid, the VQ-VAE step, the full model beside the usual one, times of the entropy kernels,
-open questions. Nothing is timed unless everything before was right. Each step has a file of its own, rewritten after
-every row, so that a run which is cut off leaves complete files; a summary comes last.
+entropy kernels, the CUDA C++ kernels where they were built (FORCE_CUDA=1 pip install -e .), the benchmark grid, the
+VQ-VAE step, the full model beside the usual one, times of the entropy and the CUDA kernels, open questions. Nothing is
+timed unless everything before was right. Each step has a file of its own, rewritten after every row, so that a run which
+is cut off leaves complete files; a summary comes last.
 Returns 0 if everything that ran was right, 1 if not, 2 if there is nothing to run on.
 """
 
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.hardware.accumulation import accumulation
 from benchmarks.hardware.correctness import correctness
+from benchmarks.hardware.cuda import cuda_correctness, cuda_times
 from benchmarks.hardware.entropy import entropy_correctness, entropy_times
 from benchmarks.hardware.full_model import full_model
 from benchmarks.hardware.grid import grid
@@ -41,10 +43,12 @@ STEPS = (
     Step("correctness", correctness, 0.6, False),
     Step("accumulation", accumulation, 0.3, False),
     Step("entropy", entropy_correctness, 0.2, False),
+    Step("cuda", cuda_correctness, 0.3, False),
     Step("grid", grid, 0.6, True),
     Step("model", model, 0.5, True),
     Step("full model", full_model, 0.4, True),
     Step("entropy times", entropy_times, 0.4, True),
+    Step("cuda times", cuda_times, 0.4, True),
     Step("questions", questions, 1.0, True),
 )
 

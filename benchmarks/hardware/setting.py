@@ -54,7 +54,7 @@ def rehearsal(minutes: float, wheels: Path | None) -> Setting:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch notes that the operators had kernels for the CPU
         library = registration.register("vqkernels", "CPU")
-    registry.resolve = lambda backend, device_type: "eager" if backend == "eager" else "triton"  # type: ignore
+    registry.resolve = lambda backend, device, operator=None: "eager" if backend == "eager" else "triton"  # type: ignore
     torch.set_num_threads(1)
     return Setting(torch.device("cpu"), True, time.monotonic() + 60 * minutes, wheels, [library])
 

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../cuda/portable.h"
+
 namespace vqkernels {
 
 enum class DType : int { f32, bf16, f16, f64 };
@@ -13,17 +15,22 @@ enum class DType : int { f32, bf16, f16, f64 };
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
+VQ_BOTH float widen(float x) { return x; }
+VQ_BOTH double widen(double x) { return x; }
 
-inline float widen(BFloat16 x) {
+VQ_BOTH float widen(BFloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float y;
   memcpy(&y, &bits, 4);
   return y;
 }
 
-inline float widen(Float16 x) {
+VQ_BOTH float widen(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float converted;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(converted) : "h"(x.bits));
+  return converted;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
   uint32_t bits;
   float y;
@@ -38,12 +45,13 @@ inline float widen(Float16 x) {
   }
   memcpy(&y, &bits, 4);
   return y;
+#endif
 }
 
-inline void narrow(double x, double* out) { *out = x; }
-inline void narrow(double x, float* out) { *out = float(x); }
+VQ_BOTH void narrow(double x, double* out) { *out = x; }
+VQ_BOTH void narrow(double x, float* out) { *out = float(x); }
 
-inline void narrow(double x, BFloat16* out) {
+VQ_BOTH void narrow(double x, BFloat16* out) {
   const float y = float(x);
   uint32_t bits;
   memcpy(&bits, &y, 4);
@@ -54,7 +62,7 @@ inline void narrow(double x, BFloat16* out) {
   out->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline void narrow(double x, Float16* out) {
+VQ_BOTH void narrow(double x, Float16* out) {
   const float y = float(x);
   uint32_t bits;
   memcpy(&bits, &y, 4);

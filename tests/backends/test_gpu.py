@@ -114,7 +114,7 @@ def test_a_gpu_is_looked_up_once_and_no_other_with_it(machine, monkeypatch):
 def test_the_operations_pass_the_device_of_their_tensor(monkeypatch):
     """Not its type alone: GPUs of one process may differ."""
     asked = []
-    monkeypatch.setattr(registry, "resolve", lambda backend, device: asked.append(device) or "eager")
+    monkeypatch.setattr(registry, "resolve", lambda backend, device, operator: asked.append(device) or "eager")
     z, codebook = torch.zeros(3, 2), torch.zeros(4, 2)
     vq.nearest_code(z, codebook)
     vq.vector_quantize(z, codebook)

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-STEPS = {"correctness", "accumulation", "grid", "model", "full model", "questions", "entropy", "entropy times"}
+STEPS = {"correctness", "accumulation", "grid", "model", "full model", "questions", "entropy", "entropy times", "cuda"}
+STEPS |= {"cuda times"}
 
 
 def command(out, *options, **environment):

@@ -65,3 +65,53 @@ def build(driver: str, folder: Path, *extra: str) -> Path:
     program = folder / driver
     run([compiler() or "c++", *extra, *objects, "-o", str(program)])
     return program
+
+
+def build_host_program(driver: str, folder: Path) -> Path:
+    """Compiles tests/native/`driver`.cpp alone: the block programs of csrc/cuda, which are headers, run on the CPU.
+
+    Raises:
+        RuntimeError: it does not compile, with what the compiler said.
+    """
+    program = folder / driver
+    command = [compiler() or "c++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-ffp-contract=off"]
+    done = subprocess.run(
+        [*command, str(HERE / f"{driver}.cpp"), "-o", str(program)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return program
+
+
+def build_host_library(driver: str, folder: Path) -> Path:
+    """The same as a shared library, for drivers whose functions Python calls through ctypes."""
+    library = folder / f"{driver}.so"
+    command = [
+        compiler() or "c++",
+        "-std=c++17",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-Wall",
+        "-Wextra",
+        "-ffp-contract=off",
+        "-shared",
+        "-fPIC",
+    ]
+    done = subprocess.run(
+        [*command, str(HERE / f"{driver}.cpp"), "-o", str(library)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return library
+
+
+def verdicts(driver: str, folder: Path) -> dict[str, str]:
+    """What each named check of a driver found: "" where it held, else one sentence."""
+    done = subprocess.run([str(build_host_program(driver, folder))], capture_output=True, text=True, check=False)
+    found = {}
+    for line in done.stdout.splitlines():
+        name, colon, wrong = line.partition(": ")
+        found[name if colon else line.removesuffix(" ok")] = wrong
+    if done.returncode:
+        found["the program"] = f"ended with {done.returncode}: {done.stderr[-500:]}"
+    return found

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 
 import torch
 
-from . import cpu, gpu, triton, verified
+from . import cpu, cuda, gpu, triton, verified
+from .cuda.registration import SERVED as CUDA_OPERATORS
 from .triton import registration
 
-NAMES = ("auto", "cpu", "triton", "eager")
+NAMES = ("auto", "cpu", "triton", "cuda", "eager")
 
 _cpu_problem: str | None = cpu.load()
 _triton_kernels = registration.register() if triton.problem() is None else None  # alive as long as the operators are
@@ -29,15 +30,18 @@ def _check(name: str) -> str:
     return name
 
 
-def resolve(backend: str, device: torch.device | str) -> str:
-    """The backend for tensors on `device`: "cpu", "triton" or "eager". An explicit request never falls back."""
+def resolve(backend: str, device: torch.device | str, operator: str | None = None) -> str:
+    """The backend for tensors on `device`: "cpu", "triton", "cuda" or "eager". An explicit request never falls back.
+
+    `operator` names what is to be computed: the CUDA kernels do not cover every operator.
+    """
     _check(backend)
     if isinstance(device, str):
         device = torch.device(device)
     if backend == "auto":
         backend = _check(_override)
     if backend == "auto":
-        return _automatic(device)
+        return _automatic(device, operator)
     if backend == "cpu":
         if device.type != "cpu":
             raise RuntimeError(f'backend "cpu" computes CPU tensors, got a tensor on {device.type}')
@@ -48,10 +52,18 @@ def resolve(backend: str, device: torch.device | str) -> str:
             raise RuntimeError(f'backend "triton" computes CUDA tensors, got a tensor on {device.type}')
         if problem := gpu.state(device.index)[0]:
             raise RuntimeError(f'backend "triton" is unavailable: {problem}')
+    if backend == "cuda":
+        if device.type != "cuda":
+            raise RuntimeError(f'backend "cuda" computes CUDA tensors, got a tensor on {device.type}')
+        if problem := gpu.cuda_state(device.index)[0]:
+            raise RuntimeError(f'backend "cuda" is unavailable: {problem}')
+        if operator is not None and operator not in CUDA_OPERATORS:
+            kernels = ", ".join(sorted(CUDA_OPERATORS))
+            raise RuntimeError(f'backend "cuda" has no kernel for "{operator}"; it has {kernels}')
     return backend
 
 
-def _automatic(device: torch.device) -> str:
+def _automatic(device: torch.device, operator: str | None) -> str:
     """The fastest backend that is available and verified."""
     if device.type == "cpu":
         if _cpu_problem is None:
@@ -61,7 +73,13 @@ def _automatic(device: torch.device) -> str:
         problem, doubt = gpu.state(device.index)
         if not problem and not doubt:
             return "triton"
-        if problem:
+        own_problem, own_doubt = gpu.cuda_state(device.index) if operator in CUDA_OPERATORS else ("no kernel", "")
+        if not own_problem and not own_doubt:
+            return "cuda"
+        if problem and not own_problem:
+            until = "using the slower eager backend until `vqkernels verify --backend cuda` has proved them"
+            _warn_once(f"vqkernels: the Triton kernels are unavailable ({problem}), and {own_doubt}; {until}")
+        elif problem:
             _warn_once(f"vqkernels: the Triton kernels are unavailable ({problem}); using the slower eager backend")
         else:
             _warn_once(f"vqkernels: {doubt}; using the slower eager backend until `vqkernels verify` has proved them")
@@ -74,14 +92,17 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def available(device: torch.device | str) -> list[str]:
-    """Every backend that can compute tensors on `device`, best first, verified or not."""
+def available(device: torch.device | str, operator: str | None = None) -> list[str]:
+    """Every backend that can compute an operator, or all of them, on `device`, best first, verified or not."""
     device = torch.device(device)
+    found = []
     if device.type == "cpu" and _cpu_problem is None:
-        return ["cpu", "eager"]
+        found.append("cpu")
     if device.type == "cuda" and not gpu.state(device.index)[0]:
-        return ["triton", "eager"]
-    return ["eager"]
+        found.append("triton")
+    if device.type == "cuda" and operator in CUDA_OPERATORS and not gpu.cuda_state(device.index)[0]:
+        found.append("cuda")
+    return [*found, "eager"]
 
 
 @contextmanager
@@ -104,6 +125,7 @@ def report() -> list[tuple[str, str]]:
         ("backend cpu", f"C++ kernels, {' '.join(levels)}" if _cpu_problem is None else f"unavailable: {_cpu_problem}"),
         ("SIMD level", os.environ.get("VQKERNELS_SIMD") or (levels[-1] if levels else "none")),
         *_triton_report(),
+        *_cuda_report(),
         ("backend eager", "PyTorch operations, any device, same indices"),
         ("auto on a CPU", "cpu" if _cpu_problem is None else "eager"),
         ("auto on a GPU", _automatic_on_gpu()),
@@ -131,6 +153,24 @@ def _triton_report() -> list[tuple[str, str]]:
             by = verified.where(gpu.key(one))
             told = f"verified, says {by}" if by else "not verified: run `vqkernels verify`"
         lines.append((f"GPU {one.number}", f"{one.name}, sm_{one.capability[0]}{one.capability[1]}, {told}"))
+    return lines
+
+
+def _cuda_report() -> list[tuple[str, str]]:
+    """The CUDA kernels: what they were built for, and on which GPU they were ever proved."""
+    if problem := cuda.problem():
+        return [("backend cuda", f"unavailable: {problem}")]
+    built = f"{cuda.compiler()} for {', '.join(cuda.architectures())}; {', '.join(sorted(CUDA_OPERATORS))}"
+    lines = [("backend cuda", f"{built}; kernels {cuda.source_hash()}")]
+    for one in gpu.visible():
+        by = verified.where(gpu.cuda_key(one))
+        unproved = "not verified: auto does not take it; run `vqkernels verify --backend cuda`"
+        told = gpu.cuda_state(one.number)[0] or (f"verified, says {by}" if by else unproved)
+        lines.append((f"cuda on GPU {one.number}", told))
+    if len(lines) == 1:
+        lines.append(
+            ("cuda on a GPU", "never proved on a GPU: auto does not take it before `vqkernels verify --backend cuda`")
+        )
     return lines
 
 

@@ -1,7 +1,7 @@
 """What was verified on real hardware: the package's own table, and the user's, written by `vqkernels verify`.
 
 Both are `{"format": 1, "verified": [entry, ...]}`. An entry vouches for one triple (compute capability, hash of the
-kernels' source, minor version of Triton) and tells besides which GPU, driver and torch it was seen with.
+kernels' source, compiler) and tells besides which GPU, driver and torch it was seen with.
 """
 
 import json
@@ -19,7 +19,7 @@ class Key(NamedTuple):
 
     capability: str  # "9.0"
     source: str  # hash of the kernels' source
-    triton: str  # "3.6"
+    triton: str  # the compiler: "3.6" is that version of Triton; the CUDA kernels have "nvcc 13.0" here
 
 
 def user_path() -> Path:

@@ -24,7 +24,10 @@ def run(arguments: Sequence[str]) -> int:
         device = torch.device(options.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"there is no device {options.device}: torch sees no CUDA GPU")
-        backends = [registry.resolve(name, device) for name in options.backend or registry.available(device)]
+        backends = [
+            registry.resolve(name, device, "nearest")
+            for name in options.backend or registry.available(device, "nearest")
+        ]
     except (RuntimeError, ValueError) as error:
         print(f"vqkernels attack: {error}", file=sys.stderr)
         return 2

@@ -183,6 +183,6 @@ def entropy_loss(
     check_mask(mask, z, channel_dim)
     if type(temperature) is bool or not isinstance(temperature, float | int) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
-    chosen = registry.resolve(backend, z.device)
+    chosen = registry.resolve(backend, z.device, "entropy")
     sample, whole = _EntropyLoss.apply(z, codebook, mask, channel_dim, metric, float(temperature), chosen)[:2]
     return (sample, whole) if codebook.dim() == 3 else (sample.squeeze(0), whole.squeeze(0))

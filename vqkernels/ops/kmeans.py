@@ -171,6 +171,7 @@ kmeans_init = Operation(
     _fake,
     partial(cluster, "eager"),
     partial(cluster, "kernel"),
+    partial(cluster, "cuda"),
 )
 
 
@@ -232,7 +233,7 @@ def kmeans(
     one_code = z.new_empty((1, z.shape[channel_dim]))
     channel_dim = check_rows(z, one_code.expand(z.shape[0], -1, -1) if batched else one_code, channel_dim)
     check_mask(mask, z, channel_dim)
-    chosen = registry.resolve(backend, z.device)
+    chosen = registry.resolve(backend, z.device, "kmeans_init")
     codebook, distinct = kmeans_init(
         chosen, z.detach(), codebook_size, mask, channel_dim, metric, iterations, seed, batched
     )

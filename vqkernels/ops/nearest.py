@@ -92,7 +92,7 @@ def nearest_code(
     check_choice("precision", precision, PRECISIONS)
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
-    chosen = registry.resolve(backend, z.device)
+    chosen = registry.resolve(backend, z.device, "nearest")
     indices, decided = nearest(chosen, z.detach(), codebook.detach(), mask, channel_dim, metric, precision)
     if not return_certificate:
         return indices

@@ -205,7 +205,7 @@ def quantize_with_statistics(
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
     check_indices(indices, z, channel_dim)
-    chosen = registry.resolve(backend, z.device)
+    chosen = registry.resolve(backend, z.device, "quantize" if indices is None else "lookup")
     options = (channel_dim, metric, precision, statistics, gradient, chosen)
     return Quantization(*VectorQuantizeFunction.apply(z, codebook, mask, indices, *options))
 

@@ -189,7 +189,14 @@ def residual_quantize_with_statistics(
     check_levels(levels, z, channel_dim)
     if mask is not None:
         levels = torch.where(mask, codebooks.shape[-3] if levels is None else levels, 0)
-    options = (channel_dim, metric, precision, statistics, gradient, registry.resolve(backend, z.device))
+    options = (
+        channel_dim,
+        metric,
+        precision,
+        statistics,
+        gradient,
+        registry.resolve(backend, z.device, "residual_quantize"),
+    )
     return ResidualQuantization(*ResidualVectorQuantizeFunction.apply(z, codebooks, levels, *options))
 
 

@@ -88,7 +88,7 @@ def sample_code(
         seed = torch.full((), seed, dtype=torch.int64, device=z.device)
     else:
         raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    chosen = registry.resolve(backend, z.device.type)
+    chosen = registry.resolve(backend, z.device, "sample")
     z, codebook = z.detach(), codebook.detach()
     if temperature == 0:
         return nearest(chosen, z, codebook, mask, channel_dim, metric, "exact")[0]

@@ -70,6 +70,6 @@ def codebook_statistics(
     expected = row_shape(z, channel_dim)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or tuple(indices.shape) != expected:
         raise ValueError(f"indices must be int64 of z's shape without channels, {list(expected)}")
-    chosen = registry.resolve(backend, z.device)
+    chosen = registry.resolve(backend, z.device, "statistics")
     counts, sums = statistics(chosen, z.detach(), indices, codebook_size, mask, channel_dim, batched)
     return (counts, sums) if batched else (counts[0], sums[0])
