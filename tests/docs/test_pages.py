@@ -5,6 +5,7 @@ cannot be run here is in `NOT_RUN` with its reason, and then at least its option
 the other: the test says so.
 """
 
+import itertools
 import re
 import shlex
 import shutil
@@ -102,7 +103,10 @@ def spoken() -> list[Piece]:
 
 
 def reason(command: str) -> str | None:
-    return next((why for beginning, why in NOT_RUN.items() if command.startswith(beginning)), None)
+    """Why it is not run, whatever it sets in its environment."""
+    words = itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(command))
+    bare = shlex.join(words)
+    return next((why for beginning, why in NOT_RUN.items() if bare.startswith(beginning)), None)
 
 
 def once(pieces: list[Piece]) -> list:
