@@ -131,8 +131,8 @@ def demo(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     config = shortened(demo_config(), 12, 8, 2) if quick else demo_config()
     runs = {"usual": usual_run(config)}
-    for name in (DEFAULT, MIXED):
-        runs[name] = our_run(dataclasses.replace(config, speed=FLAGS[name]))
+    for name, amp in ((DEFAULT, "off"), (MIXED, "bfloat16")):  # as `vqkernels demo` with this flag
+        runs[name] = our_run(dataclasses.replace(config, speed=demo_config(amp=amp).speed))
         print(f"demo, {name}: {runs[name]['seconds']['wall']:.1f} s, {runs['usual']['seconds']['wall']:.1f} usual")
     torch.set_num_threads(threads)
     check_runs(runs, 1.05 if not quick else 1.5)

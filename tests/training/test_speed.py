@@ -165,6 +165,18 @@ def test_mixed_precision_trains_weights_of_float32(tmp_path):
     assert any((x.bfloat16().float() != x).any() for x in trained.vqvae.parameters())
 
 
+@pytest.mark.parametrize(
+    ("stages", "mixed"), [("all", {"vqvae", "vae", "prior"}), ("autoencoder", {"vqvae", "vae"}), ("prior", {"prior"})]
+)
+def test_mixed_precision_is_that_of_the_chosen_stages(stages, mixed):
+    config = SpeedConfig(amp="float16", amp_stages=stages)
+    for stage in ("vqvae", "vae", "prior"):
+        speed = Speed(config, CPU, stage)
+        with speed.autocast():
+            assert torch.is_autocast_enabled("cpu") == (stage in mixed)
+        assert speed.scaler.is_enabled() == (stage in mixed)
+
+
 def test_a_likelihood_is_computed_in_float32_under_mixed_precision():
     """What the decoder gives reaches the distribution in the type of the image."""
     config = tiny(SpeedConfig(amp="bfloat16"), likelihood="logistic_mixture")

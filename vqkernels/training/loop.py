@@ -218,7 +218,7 @@ class _Session:
     def run_stage(self, stage: TrainingStage) -> bool:
         """Train what is left of a stage; False if stopped."""
         config, steps = stage.config, stage.config.steps
-        speed = Speed(self.config.speed, self.device)
+        speed = Speed(self.config.speed, self.device, stage.name)
         if stage.name in ("vqvae", "vae"):  # the contenders of a comparison alike
             speed.lay_out(stage.model)
         step, state = 0, self.state if self.state is not None and self.state["stage"] == stage.name else None

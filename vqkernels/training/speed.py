@@ -29,6 +29,8 @@ class SpeedConfig:
     """Channels innermost in memory, in the VQ-VAE; auto: on the CPU, where it was measured."""
     amp: Literal["off", "bfloat16", "float16"] = "off"
     """Mixed precision: convolutions in this type, weights and losses in float32; on a CPU it pays where it has AMX."""
+    amp_stages: Literal["all", "autoencoder", "prior"] = "all"
+    """Which stages have mixed precision: convolutions gain by it; a narrow PixelCNN loses its fused float32 layers."""
     fused_optimizer: bool = True
     """One kernel updates all weights."""
     compile: bool = False
@@ -40,11 +42,14 @@ class SpeedConfig:
 class Speed:
     """The choices of a run on a device.
 
+    Args:
+        stage: the name of the stage that is trained; None for any.
+
     Raises:
         UserError: the device or the machine cannot do what was chosen.
     """
 
-    def __init__(self, config: SpeedConfig, device: torch.device) -> None:
+    def __init__(self, config: SpeedConfig, device: torch.device, stage: str | None = None) -> None:
         if config.cuda_graphs and device.type != "cuda":
             raise UserError(f"--cuda-graphs needs a CUDA device, but the device is {device}")
         if config.compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -52,8 +57,10 @@ class Speed:
         if config.compile and device.type == "cuda" and importlib.util.find_spec("triton") is None:
             raise UserError("--compile needs Triton on a CUDA device: pip install 'vqkernels[triton]'")
         self.config, self.device = config, device
+        mixed = config.amp_stages == "all" or stage is None or (stage == "prior") == (config.amp_stages == "prior")
+        self.amp = config.amp if mixed else "off"
         # float16 has so small a range that gradients are scaled into it; a disabled scaler does nothing.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "float16")
 
     @property
     def channels_last(self) -> bool:
@@ -82,9 +89,9 @@ class Speed:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Where the loss is computed: convolutions and matrix products in the chosen type."""
-        if self.config.amp == "off":
+        if self.amp == "off":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, TYPES[self.config.amp])
+        return torch.autocast(self.device.type, TYPES[self.amp])
 
     def learn(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Backward pass and optimizer step."""
