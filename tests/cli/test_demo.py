@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
 from training.report.test_report import check_self_contained
 
+from vqkernels.cli.demo import chosen_precision
 from vqkernels.cli.main import main
 
 
@@ -23,3 +25,13 @@ def test_the_demo_meets_its_figures(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     figures = re.compile(r"^.*PASS.*$", re.MULTILINE)
     assert figures.findall(capsys.readouterr().out) == figures.findall(output)
+
+
+@pytest.mark.parametrize(("asked", "amx", "chosen"), [
+    ("auto", True, "bfloat16"), ("auto", False, "off"), ("off", True, "off"), ("bfloat16", False, "bfloat16"),
+])  # fmt: skip
+def test_the_precision_suits_the_cpu(monkeypatch, asked, amx, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    assert chosen_precision(asked) == chosen
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert chosen_precision("auto") == "off"
