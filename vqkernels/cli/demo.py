@@ -68,7 +68,7 @@ def chosen_precision(amp: Literal["auto", "off", "bfloat16"]) -> Literal["off", 
     """What auto stands for on this machine: bfloat16 where the CPU has instructions for products of its matrices."""
     if amp != "auto":
         return amp
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 and newer
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 and newer
     return "bfloat16" if capabilities.get("amx_bf16") else "off"
 
 
