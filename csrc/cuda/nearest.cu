@@ -51,6 +51,9 @@ struct Launcher {
   void resolve(const Call& call, int64_t x, int64_t y) { one(resolve_kernel, call, x, y, kFinishThreads, 0); }
   void rescore(const Call& call, int64_t x, int64_t y) { one(rescore_kernel, call, x, y, kFinishThreads, kRescoreBytes); }
   void gather(const Call& call, int64_t x, int64_t y) { one(gather_kernel, call, x, y, kFinishThreads, kGatherBytes); }
+  template <class T> void zero(T* at) {
+    if (error == cudaSuccess) error = cudaMemsetAsync(at, 0, sizeof(T), stream);
+  }
   void search(const SearchArguments& arguments, int64_t x, int64_t y) {
     if (error != cudaSuccess) return;
     error = launch_search(arguments, x, y, stream);
@@ -88,12 +91,6 @@ extern "C" cudaError_t vqkernels_cuda_nearest(const Problem* problem, const Outp
   Call call = {*problem, plan_of(*problem, processors), {}, *out};
   if (lay_out(*problem, call.plan, static_cast<char*>(workspace), call.operands) > bytes) return cudaErrorInvalidValue;
   if (decided != nullptr) call.operands.decided = decided;
-  if (call.plan.rows == 0 || problem->z.heads == 0) {
-    cudaError_t error = decided == nullptr ? cudaSuccess : cudaMemsetAsync(decided, 0, sizeof(int64_t), stream);
-    if (error == cudaSuccess && out->quantized.data != nullptr)
-      error = cudaMemsetAsync(out->squared_error, 0, sizeof(double), stream);
-    return error;
-  }
   Launcher launch{stream};
   run_steps(launch, call, processors);
   if (launches != nullptr) *launches = launch.launches;

@@ -29,6 +29,11 @@ inline int64_t walking_blocks(const Plan& plan, int processors) {
 
 template <class Launcher> void run_steps(Launcher& launch, const Call& call, int processors) {
   const Plan& plan = call.plan;
+  if (plan.rows == 0 || call.problem.z.heads == 0) {  // quantized has no data then: only the sums are left to write
+    launch.zero(call.operands.decided);
+    if (call.out.squared_error != nullptr) launch.zero(call.out.squared_error);
+    return;
+  }
   const int64_t heads = call.problem.z.heads, walking = walking_blocks(plan, processors);
   launch.pack(call, plan.code_parts + plan.row_parts, heads);
   launch.search(search_arguments(call), int64_t(plan.padded_rows / kSearchRows) * plan.splits, heads);

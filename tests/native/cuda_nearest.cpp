@@ -18,6 +18,7 @@ struct HostLauncher {
     executor::launch(x, y, threads, bytes, seed, body);
     ++launches;
   }
+  template <class T> void zero(T* at) { *at = 0; }
   void pack(const Call& call, int64_t x, int64_t y) {
     const int bytes = pack_shared_bytes(call.plan.padded);
     one(x, y, kPackThreads, bytes, [&](executor::HostBlock& block) { pack_block(block, call); });

@@ -42,6 +42,14 @@ def test_the_contracts_choice_at_every_width(rows, codes, dim):
     check(*problem(rows, codes, dim))
 
 
+@pytest.mark.parametrize("heads", [0, 2])
+def test_without_rows_the_squared_error_is_zero(heads):
+    """An empty tensor has no data: that of `quantized` must not pass for its absence."""
+    z, codebook = torch.empty(1, heads, 0 if heads else 3, 4), torch.randn(heads, 5, 4)
+    found = cuda_host.nearest(z, codebook, quantize=True)
+    assert found.squared_error == 0.0 and found.decided == 0 and found.launches == 0
+
+
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_the_other_metrics(metric):
     z, codebook = problem(40, 90, 12)
