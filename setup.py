@@ -43,7 +43,11 @@ FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibil
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # the last one's PTX serves what comes after it
 CUDA_BINDINGS = "csrc/bindings/cuda_*.cpp"
-NAMED_ARCHITECTURES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0a", "Blackwell": "10.0;12.0"}
+CUDA_SOURCES = ("csrc/cuda/*", "csrc/*.h", "csrc/cpu/*.h", "csrc/bindings/*.h", CUDA_BINDINGS)
+NAMED_ARCHITECTURES = {
+    **dict.fromkeys(("Kepler+Tegra", "Kepler", "Maxwell+Tegra", "Maxwell", "Pascal", "Volta", "Turing"), "7.5"),
+    "Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0a", "Blackwell+Tegra": "11.0", "Blackwell": "10.0;12.0",
+}  # fmt: skip
 
 
 class Cuda:
@@ -53,8 +57,8 @@ class Cuda:
         wanted = os.environ.get("FORCE_CUDA", "")
         self.insisted = wanted not in ("", "0")
         self.home = self._home()
-        self.architectures = self._architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
-        self.absent = self._absence(wanted)
+        self.architectures, misread = self._architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+        self.absent = self._absence(wanted, misread)
         if self.absent and self.insisted:
             raise SystemExit(f"FORCE_CUDA is set, but {self.absent}")
 
@@ -66,24 +70,29 @@ class Cuda:
         return next((Path(place) for place in places if place and (Path(place) / "bin" / "nvcc").exists()), None)
 
     @staticmethod
-    def _architectures(listed: str) -> list[tuple[str, bool]]:
-        """("90a", with its PTX) of each entry of TORCH_CUDA_ARCH_LIST; the kernels need 8.0 or newer."""
+    def _architectures(listed: str) -> tuple[list[tuple[str, bool]], str]:
+        """("90a", with its PTX) of each entry of TORCH_CUDA_ARCH_LIST, and what is wrong with it, or "".
+
+        The kernels need 8.0 or newer: what is older is passed over.
+        """
         for name, numbers in NAMED_ARCHITECTURES.items():
             listed = listed.replace(name, numbers)
         found = []
-        for entry in re.split(r"[;,\s]+", listed.strip()):
+        for entry in re.findall(r"[^;,\s]+", listed):
             number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
             if number is None:
-                raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold entries like 8.0, 9.0a or 10.0+PTX, got {entry!r}")
+                return [], f"TORCH_CUDA_ARCH_LIST must hold entries like 8.0, 9.0a or 10.0+PTX, got {entry!r}"
             if int(number[1]) >= 8:
                 found.append((number[1] + number[2] + number[3], number[4] is not None))
-        return found
+        return found, ""
 
-    def _absence(self, wanted: str) -> str:
+    def _absence(self, wanted: str, misread: str) -> str:
         if wanted == "0":
             return "FORCE_CUDA=0 leaves the CUDA kernels out"
         if self.home is None:
             return "nvcc is not found: set CUDA_HOME to the CUDA toolkit"
+        if misread:
+            return misread
         if not self.architectures:
             return "TORCH_CUDA_ARCH_LIST names no GPU of compute capability 8.0 or newer"
         if not self.insisted:
@@ -110,7 +119,7 @@ class Cuda:
     def _source_hash() -> str:
         """Of everything that can change what the kernels do: a verification vouches for it."""
         digest = hashlib.sha256(repr(CUDA_FLAGS).encode())
-        for path in sorted({*glob("csrc/cuda/*"), *glob(CUDA_BINDINGS), *glob("csrc/cpu/*.h")}):
+        for path in sorted({path for pattern in CUDA_SOURCES for path in glob(pattern)}):
             digest.update(path.encode() + b"\0" + Path(path).read_bytes() + b"\0")
         return digest.hexdigest()[:16]
 
@@ -221,9 +230,25 @@ class BuildKernels(build_ext):
         library.library_dirs += [str(path) for name in ("lib64", "lib") if (path := CUDA.home / name).is_dir()]
         library.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
+    def without_cuda(self, ext: Extension, error: Exception) -> None:
+        """Builds the operator library once more: a toolkit without headers or library must not cost the CPU's kernels."""
+        if CUDA.insisted:
+            raise SystemExit(f"FORCE_CUDA is set, but the library does not build with CUDA: {error}") from error
+        self.cuda = {"absent": re.sub(r"\s+", " ", f"the library does not build with CUDA: {error}")[:200]}
+        print(f"warning: the CUDA kernels were not built ({error})")
+        plain = operators()
+        for name in ("sources", "include_dirs", "library_dirs", "libraries", "extra_objects"):
+            setattr(ext, name, getattr(plain, name))
+        super().build_extension(ext)
+
     def build_extension(self, ext: Extension) -> None:
         try:
-            super().build_extension(ext)
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if not ext.extra_objects:
+                    raise
+                self.without_cuda(ext, error)
         except Exception as error:  # any compiler, on any machine: the reason is kept for the user, not lost
             reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
             self.failures[ext.name] = reason
