@@ -5,7 +5,7 @@
 //
 //   int thread(), threads(); int64_t index(), index_y()   threadIdx.x, blockDim.x, blockIdx.x, blockIdx.y
 //   void sync(), sync_warp()                              __syncthreads, __syncwarp of all 32 lanes
-//   T shuffle(T, lane), shuffle_xor(T, lanes)             __shfl_sync, __shfl_xor_sync of all 32 lanes, T of 4 bytes
+//   T shuffle(T, lane), shuffle_xor(T, lanes)             __shfl_sync, __shfl_xor_sync of all 32 lanes, T of 4 or 8 bytes
 //   uint32_t ballot(bool)                                 __ballot_sync of all 32 lanes
 //   Shared<T> shared<T>(bytes)                            the T's from this byte of the shared memory on: get(i), set(i, x)
 //   void copy_async(Shared<T>, i, const T*)               cp.async of 16 bytes into element i; T is of 16 bytes

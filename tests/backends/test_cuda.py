@@ -57,6 +57,10 @@ def test_auto_takes_the_cuda_kernels_only_where_they_were_verified(machine):
     report = dict(registry.report())
     assert report["backend cuda"].startswith("nvcc 13.0 for sm_80, sm_90a; kmeans_init, lookup, nearest,")
     assert report["cuda on GPU 0"] == f"verified, says {path}"
+    triton_absent = "triton is not installed: pip install triton"
+    assert report["auto on a GPU"] == (
+        f"GPU 0: cuda, and eager where it has no kernel: {triton_absent}; GPU 1: eager: {triton_absent}"
+    )
     assert report["cuda on GPU 1"].startswith(
         "not verified: auto does not take it; run `vqkernels verify --backend cuda`"
     )

@@ -176,11 +176,15 @@ def _cuda_report() -> list[tuple[str, str]]:
 
 def _automatic_on_gpu() -> str:
     """What "auto" takes on each GPU; one text where they agree."""
-    choices = {one.number: _choice(*gpu.state(one.number)) for one in gpu.visible()} or {0: _choice(*gpu.state(0))}
+    choices = {one.number: _choice(one.number) for one in gpu.visible()} or {0: _choice(0)}
     if len(set(choices.values())) == 1:
         return next(iter(choices.values()))
     return "; ".join(f"GPU {number}: {choice}" for number, choice in choices.items())
 
 
-def _choice(problem: str, doubt: str) -> str:
-    return f"eager: {problem or doubt}" if problem or doubt else "triton"
+def _choice(number: int) -> str:
+    problem, doubt = gpu.state(number)
+    if not problem and not doubt:
+        return "triton"
+    serves = "eager" if any(gpu.cuda_state(number)) else "cuda, and eager where it has no kernel"
+    return f"{serves}: {problem or doubt}"
