@@ -194,7 +194,13 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         self.failures: dict[str, str] = {}
         self.cuda = CUDA.facts()
+        # The libraries of an earlier build, with other CUDA kernels or without them, are newer than every source.
+        built_with = Path(self.build_temp) / "cuda.json"
+        if not built_with.exists() or json.loads(built_with.read_text()) != self.cuda:
+            self.force = True
         super().run()
+        built_with.parent.mkdir(parents=True, exist_ok=True)
+        built_with.write_text(json.dumps(self.cuda))
         self.record()
 
     def build_extensions(self) -> None:
@@ -231,7 +237,7 @@ class BuildKernels(build_ext):
         library.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
     def without_cuda(self, ext: Extension, error: Exception) -> None:
-        """Builds the operator library once more: a toolkit without headers or library must not cost the CPU's kernels."""
+        """Builds the library once more: a toolkit without its headers or runtime must not cost the CPU's kernels."""
         if CUDA.insisted:
             raise SystemExit(f"FORCE_CUDA is set, but the library does not build with CUDA: {error}") from error
         self.cuda = {"absent": re.sub(r"\s+", " ", f"the library does not build with CUDA: {error}")[:200]}

@@ -100,3 +100,18 @@ def test_a_toolkit_that_does_not_link_costs_the_cuda_kernels_alone(insisted, bui
     command.build_extension(library)
     assert "cudart_static" in tried[0] and "cudart_static" not in tried[1] and not library.extra_objects
     assert command.failures == {} and command.cuda["absent"].endswith("cannot find -lcudart_static")
+
+
+def test_libraries_that_hold_other_cuda_kernels_are_built_again(build, monkeypatch, tmp_path):
+    """They are newer than every source, so that nothing else would tell that FORCE_CUDA or the list of GPUs changed."""
+    module = build(FORCE_CUDA="0")
+    monkeypatch.setattr(build_ext, "run", lambda self: None)
+    monkeypatch.setattr(module.BuildKernels, "record", lambda self: None)
+    forced = []
+    for facts in ({"absent": "no"}, {"absent": "no"}, {"nvcc": "13.0"}, {"nvcc": "13.0"}, {"absent": "no"}):
+        monkeypatch.setattr(module.CUDA, "facts", lambda facts=facts: facts)
+        command = module.BuildKernels(setuptools.Distribution())
+        command.build_temp, command.force = str(tmp_path / "temp"), False
+        command.run()
+        forced.append(command.force)
+    assert forced == [True, False, True, False, True]

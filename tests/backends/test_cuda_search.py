@@ -80,6 +80,9 @@ def test_what_is_too_large_is_refused_in_a_sentence():
     wide = torch.zeros(1).expand(1, 1, 2, 9000), torch.zeros(1).expand(1, 3, 9000)
     with pytest.raises(RuntimeError, match="up to 8192 channels, got 9000"):
         launching.nearest(*wide, None, "euclidean", "exact")
+    heads = torch.zeros(1).expand(1, 2**16, 2, 4), torch.zeros(1).expand(2**16, 3, 4)
+    with pytest.raises(RuntimeError, match="up to 65535 heads, got 65536"):
+        launching.nearest(*heads, None, "euclidean", "exact")
     many = torch.zeros(1).expand(1, 1, 2, 4), torch.zeros(1).expand(1, 2**30 + 1, 4)
     with pytest.raises(
         RuntimeError, match=r"up to 1073741824 rows and codes per head, got 2 rows and 1073741825 codes"

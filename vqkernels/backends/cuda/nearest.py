@@ -17,6 +17,7 @@ from vqkernels.backends.cuda import statistics as segments
 
 MOST_CHANNELS = 8192
 MOST_ROWS = 2**30  # of one head; codes likewise
+MOST_HEADS = 2**16 - 1  # a grid's second axis
 
 
 def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,9 @@ def _launch(
 
 
 def _check(z: Tensor, codebook: Tensor) -> None:
-    batch, _, positions, dim = z.shape
+    batch, heads, positions, dim = z.shape
+    if heads > MOST_HEADS:
+        raise RuntimeError(f"the CUDA kernels search up to {MOST_HEADS} heads, got {heads}")
     if dim > MOST_CHANNELS:
         raise RuntimeError(f"the CUDA kernels search up to {MOST_CHANNELS} channels, got {dim}")
     if max(batch * positions, codebook.shape[1]) > MOST_ROWS:
