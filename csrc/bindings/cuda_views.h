@@ -30,6 +30,7 @@ inline cudaStream_t stream_of(int64_t number) { return reinterpret_cast<cudaStre
 
 // Raises what the launcher of `what` came back with.
 inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // or the runtime would tell it again of the next launch
   STD_TORCH_CHECK(error == cudaSuccess, "the CUDA kernels of ", what, " could not be launched: ",
                   cudaGetErrorString(error));
 }
