@@ -91,6 +91,14 @@ def test_another_comparison_in_the_same_folder_is_refused(compared, data, settin
     assert sorted(x.name for x in tmp_path.iterdir()) == ["notes.txt"]
 
 
+def test_other_images_in_the_folder_of_an_interrupted_comparison_are_refused(data, settings, tmp_path):
+    with pytest.raises(Interrupted):
+        compare(settings, data, tmp_path / "out", should_stop=lambda: True)
+    other = dataclasses.replace(data, train=synthetic(seed=2))
+    with pytest.raises(UserError, match="holds a comparison of other images; give the same ones, or a new folder"):
+        compare(settings, other, tmp_path / "out")
+
+
 def test_too_few_held_out_images_are_refused(settings, tmp_path):
     images = synthetic(8)
     with pytest.raises(UserError, match="needs at least 2 held-out images"):
