@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vqkernels.backends import registry
@@ -246,6 +247,17 @@ def test_functional_transforms_take_the_plain_layers(cpu_kernels):
     F.cross_entropy(made(codes), codes).backward()
     for name, parameter in made.named_parameters():
         torch.testing.assert_close(grads[name].mean(0), parameter.grad, rtol=0, atol=1e-12)
+
+
+def test_forward_differentiation_takes_the_plain_layers(cpu_kernels):
+    made, codes = model(), torch.randint(9, (2, 3, 4))
+    tangent = torch.randn(9, 8, dtype=torch.float64)
+    with forward_ad.dual_level():
+        weight = forward_ad.make_dual(made.embedding.weight.detach(), tangent)
+        logits = torch.func.functional_call(made, {"embedding.weight": weight}, (codes,))
+        along = forward_ad.unpack_dual(logits.sum()).tangent
+    made(codes).sum().backward()
+    torch.testing.assert_close(along, (made.embedding.weight.grad * tangent).sum(), rtol=1e-10, atol=1e-12)
 
 
 def test_an_exported_graph_holds_no_operator_of_its_own(cpu_kernels):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vqkernels.backends import registry
@@ -33,9 +34,9 @@ class Model(Protocol):
 def serves(model: Model, codes: Tensor, condition: Tensor | None) -> bool:
     """Whether the fused layers compute these codes (B, H, W): on the CPU by its kernels, in float32 or float64.
 
-    The specification serves everywhere else: under autocast and `torch.func`, in an exported or traced graph, with
-    kernels other than 3, where a hook on a part of the model waits to be called, and where somebody has put another
-    module in the place of one, or another `forward`.
+    The specification serves everywhere else: under autocast, `torch.func` and forward differentiation, in an exported
+    or traced graph, with kernels other than 3, where a hook on a part of the model waits to be called, and where
+    somebody has put another module in the place of one, or another `forward`.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
@@ -58,6 +59,8 @@ def serves(model: Model, codes: Tensor, condition: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     if torch._C._are_functorch_transforms_active() or nn.modules.module._has_any_global_hook():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return not any(map(_changed, model.modules()))
 
