@@ -1,11 +1,13 @@
 """`vqkernels compare`: the command, its files and its mistakes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from training.comparison.conftest import synthetic
 from training.report.test_report import check_self_contained
 
-from vqkernels.cli.compare import CompareArguments, chosen
+from vqkernels.cli.compare import CompareArguments, _command, chosen
 from vqkernels.cli.main import main
 
 QUICK = ["--steps", "4", "--prior-steps", "3", "--collapse-steps", "2", "--evaluated", "12", "--codebook-size", "16"]
@@ -43,6 +45,15 @@ def test_mistakes_are_one_sentence(source, tmp_path, capsys):
     assert len(lines) == 4 and all(line.startswith("vqkernels compare: ") for line in lines)
     assert "steps must be at least 1, but is -1" in lines[2]
     assert "train_images must be at least 1, but is 0" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("out", "said"), [(["--out", "/home/me/out/"], "--out out"), (["--out=/home/me/out"], "--out=out")]
+)
+def test_the_command_in_the_report_has_no_folder_of_this_machine(out, said):
+    parsed = CompareArguments("/home/me/bars.npz", Path("/home/me/out"))
+    written = _command(["--data=/home/me/bars.npz", *out, "--seed", "1"], parsed)
+    assert written == f"vqkernels compare --data=bars.npz {said} --seed 1"
 
 
 def test_options_replace_what_suits_the_images(tmp_path):

@@ -1,5 +1,6 @@
 """The dispatcher: help, unknown commands, missing extras, `info` on the core alone."""
 
+import importlib
 import subprocess
 import sys
 
@@ -40,6 +41,16 @@ def test_version(capsys):
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["encode", "decode", "info"])
+def test_an_interrupted_command_is_one_sentence(capsys, monkeypatch, command):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(f"vqkernels.cli.{command}"), "run", interrupted)
+    assert main([command]) == 1
+    assert capsys.readouterr().err == f"vqkernels {command}: interrupted\n"
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "demo", "compare"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vqkernels.backends import registry
@@ -141,6 +142,99 @@ def test_other_cases_are_left_to_the_plain_layers(cpu_kernels, monkeypatch):
     assert not served(made)
 
 
+class Doubled(nn.Conv2d):
+    """A convolution with an adapter, as it were."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def other_convolution(made: PixelCNN) -> None:
+    made.layers[1].output = Doubled(8, 8, 1).double()
+
+
+def other_method(made: PixelCNN) -> None:
+    plain = made.layers[1].output.forward
+    made.layers[1].output.forward = lambda x: 2 * plain(x)
+
+
+def other_layer(made: PixelCNN) -> None:
+    class Layer(type(made.layers[1])):
+        def forward(self, *inputs):
+            vertical, horizontal = super().forward(*inputs)
+            return 2 * vertical, horizontal
+
+    made.layers[1].__class__ = Layer
+
+
+def other_stacks(made: PixelCNN) -> None:
+    class Model(PixelCNN):
+        def stacks(self, *inputs):
+            vertical, horizontal = super().stacks(*inputs)
+            return vertical, vertical + horizontal
+
+    made.__class__ = Model
+
+
+def other_embedding(made: PixelCNN) -> None:
+    made.embedding = nn.Embedding(9, 8, max_norm=0.1).double()
+
+
+def padded_embedding(made: PixelCNN) -> None:
+    made.embedding = nn.Embedding(9, 8, padding_idx=0).double()
+
+
+def other_dropout(made: PixelCNN) -> None:
+    made.layers[1].dropout = nn.Identity()
+
+
+def other_activation(made: PixelCNN) -> None:
+    made.head[2] = nn.GELU()
+
+
+def wider_head(made: PixelCNN) -> None:
+    made.head[1] = nn.Conv2d(8, 16, 3, padding=1).double()
+
+
+def head_without_bias(made: PixelCNN) -> None:
+    made.head[3] = nn.Conv2d(16, 9, 1, bias=False).double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_convolution, other_method, other_layer, other_stacks, other_embedding, padded_embedding, other_dropout,
+        other_activation, wider_head, head_without_bias,
+    ],
+)  # fmt: skip
+def test_a_part_of_another_kind_is_computed_as_it_says(cpu_kernels, change):
+    made, codes = model(), torch.randint(9, (2, 4, 5))
+    change(made)
+    found = []
+    for backend in ("auto", "eager"):
+        made.zero_grad()
+        with registry.use_backend(backend):
+            logits = made(codes)
+        logits.square().sum().backward()
+        found.append((logits.detach(), made.embedding.weight.grad.clone()))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_hooks_on_all_modules_are_called(cpu_kernels):
+    made, seen = model(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(type(module)))
+    made(torch.randint(9, (2, 4, 5)))
+    handle.remove()
+    assert nn.Conv2d in seen
+
+
+@pytest.mark.parametrize("num_codes", [9, 500])
+def test_codes_of_int32_are_codes(cpu_kernels, num_codes):
+    made, codes = model(num_codes=num_codes), torch.randint(9, (2, 4, 5))
+    assert torch.equal(made(codes.int()), made(codes))
+
+
 def test_functional_transforms_take_the_plain_layers(cpu_kernels):
     made, codes = model(), torch.randint(9, (2, 3, 4))
     parameters = dict(made.named_parameters())
@@ -153,6 +247,17 @@ def test_functional_transforms_take_the_plain_layers(cpu_kernels):
     F.cross_entropy(made(codes), codes).backward()
     for name, parameter in made.named_parameters():
         torch.testing.assert_close(grads[name].mean(0), parameter.grad, rtol=0, atol=1e-12)
+
+
+def test_forward_differentiation_takes_the_plain_layers(cpu_kernels):
+    made, codes = model(), torch.randint(9, (2, 3, 4))
+    tangent = torch.randn(9, 8, dtype=torch.float64)
+    with forward_ad.dual_level():
+        weight = forward_ad.make_dual(made.embedding.weight.detach(), tangent)
+        logits = torch.func.functional_call(made, {"embedding.weight": weight}, (codes,))
+        along = forward_ad.unpack_dual(logits.sum()).tangent
+    made(codes).sum().backward()
+    torch.testing.assert_close(along, (made.embedding.weight.grad * tangent).sum(), rtol=1e-10, atol=1e-12)
 
 
 def test_an_exported_graph_holds_no_operator_of_its_own(cpu_kernels):

@@ -7,6 +7,7 @@ import errno
 import json
 import pickle
 import shutil
+import struct
 import zipfile
 from pathlib import Path
 
@@ -431,6 +432,15 @@ def test_one_huge_image_among_small_ones_is_not_decoded(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"a\.png is 8x8, but .*b\.png is 8000x8000"):
         load_images(str(tmp_path), color="grey")
+
+
+def test_exif_data_that_is_nonsense_is_one_sentence(tmp_path):
+    entries = (0x0112, 3, 1, b"\6\0\0\0"), (0x0100, 2, 1, b"x\0\0\0")  # to be turned; a width that is a text
+    tags = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + tags + bytes(4)
+    Image.new("L", (6, 4)).save(tmp_path / "x.jpg", exif=exif)
+    with pytest.raises(UserError, match=r"the image .*x\.jpg cannot be read: required argument is not an integer"):
+        load_images(str(tmp_path))
 
 
 def test_no_format_that_runs_programs_is_read(tmp_path):

@@ -64,6 +64,17 @@ def test_the_split_that_was_asked_for(tmp_path):
         open_source(f"hf:{tmp_path / 'saved'}:nonsense")
 
 
+@pytest.mark.parametrize("name", ["validation", None])
+def test_a_saved_split_is_not_taken_for_another(tmp_path, name):
+    part = rows(pictures(7))
+    datasets.Dataset(part.data, part.info, name and datasets.NamedSplit(name)).save_to_disk(tmp_path / "saved")
+    for split in ("", f":{name or 'train'}"):
+        assert len(open_source(f"hf:{tmp_path / 'saved'}{split}").train) == 7
+    for split in ("test", "train[:3]"):
+        with pytest.raises(UserError, match="there is no split"):
+            open_source(f"hf:{tmp_path / 'saved'}:{split}")
+
+
 def test_a_parquet_file_and_a_slice_of_it(tmp_path):
     pixels = pictures(9, (5, 6, 3))
     rows(pixels, label=[2] * 9).to_parquet(tmp_path / "x.parquet")

@@ -122,5 +122,14 @@ def _given(asked: int | None, otherwise: int) -> int:
 
 def _command(arguments: Sequence[str], parsed: CompareArguments) -> str:
     """The command, without the folders of this machine."""
-    short = {parsed.data: data_name(parsed.data), str(parsed.out): parsed.out.name}
-    return shlex.join(["vqkernels", "compare", *(short.get(x, x) for x in arguments)])
+    return shlex.join(["vqkernels", "compare", *(_without_folders(x, parsed) for x in arguments)])
+
+
+def _without_folders(argument: str, parsed: CompareArguments) -> str:
+    """An argument, or with --option=VALUE its value, without the folders that it lies in."""
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    if value == parsed.data:
+        value = data_name(value)
+    elif value and Path(value) == parsed.out:
+        value = parsed.out.name
+    return option + equals + value

@@ -6,6 +6,7 @@ A command is imported only when it is asked for, so that `info` runs with nothin
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 COMMANDS = {
     "train": "train a VQ-VAE, then a prior on its codes",
@@ -41,7 +42,7 @@ EXTRA = frozenset(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0: done; 1: a training was interrupted or diverged, or the disk is full; 2: a mistake in what was asked.
+    0: done; 1: it was interrupted, a training diverged, or the disk is full; 2: a mistake in what was asked.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["-h"], ["--help"]):
@@ -66,13 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"'vqkernels {name}' needs the package {package}: pip install 'vqkernels[train]'"
         print(f"vqkernels: {message}", file=sys.stderr)
         return 2
+    try:
+        return _run(name, command, given[1:])
+    except KeyboardInterrupt:
+        print(f"vqkernels {name}: interrupted", file=sys.stderr)
+        return 1
+
+
+def _run(name: str, command: Any, arguments: list[str]) -> int:
     if name in CORE:
-        return command.run(given[1:])
+        return command.run(arguments)
 
     from vqkernels.training.errors import ToldElsewhere, UserError
 
     try:
-        return command.run(given[1:])
+        return command.run(arguments)
     except ToldElsewhere:
         return 2
     except UserError as error:

@@ -181,7 +181,8 @@ class PixelCNN(nn.Module):
         if labels is not None and self.training and self.label_dropout > 0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.label_dropout
             labels = labels.masked_fill(dropped, -1)
-        if pixelcnn_training.serves(self, codes, condition):
+        own = type(self).stacks is PixelCNN.stacks and all(type(x).forward is GatedLayer.forward for x in self.layers)
+        if own and pixelcnn_training.serves(self, codes, condition):
             return pixelcnn_training.logits(self, codes, labels, condition)
         _, horizontal = self.stacks(self.embedding(codes).permute(0, 3, 1, 2), labels, condition)
         return self.head(horizontal)

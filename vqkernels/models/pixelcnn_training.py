@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from vqkernels.backends import registry
@@ -33,15 +34,17 @@ class Model(Protocol):
 def serves(model: Model, codes: Tensor, condition: Tensor | None) -> bool:
     """Whether the fused layers compute these codes (B, H, W): on the CPU by its kernels, in float32 or float64.
 
-    The specification serves everywhere else: under autocast and `torch.func`, in an exported or traced graph, with
-    kernels other than 3, where a hook on a part of the model waits to be called, and where somebody has put another
-    module in the place of a convolution.
+    The specification serves everywhere else: under autocast, `torch.func` and forward differentiation, in an exported
+    or traced graph, with kernels other than 3, where a hook on a part of the model waits to be called, and where
+    somebody has put another module in the place of one, or another `forward`.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     if codes.device.type != "cpu" or registry.resolve("auto", codes.device) != "cpu":
         return False
     if torch.is_autocast_enabled("cpu") or codes.shape[2] < NARROWEST or codes.numel() == 0:
+        return False
+    if codes.dtype not in (torch.int64, torch.int32) or not _embeds(model.embedding):
         return False
     layers: list[Any] = list(model.layers)
     dtype = model.embedding.weight.dtype
@@ -55,7 +58,11 @@ def serves(model: Model, codes: Tensor, condition: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return not torch._C._are_functorch_transforms_active() and not any(map(_changed, model.modules()))
+    if torch._C._are_functorch_transforms_active() or nn.modules.module._has_any_global_hook():
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    return not any(map(_changed, model.modules()))
 
 
 def logits(model: Model, codes: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
@@ -64,7 +71,7 @@ def logits(model: Model, codes: Tensor, labels: Tensor | None, condition: Tensor
     layers: list[Any] = list(model.layers)
     head: list[Any] = list(model.head)
     first, *others = layers
-    above, beside = _first_convolutions(model, first, codes.contiguous())
+    above, beside = _first_convolutions(model, first, codes.long().contiguous())
     given = None if condition is None else condition.permute(0, 2, 3, 1).flatten(0, 2)  # [B H W, C']
     shifts = _shifts(layers, labels, given, grid)
     tiles, pairs, features = start_layer(
@@ -140,18 +147,33 @@ def _output(layer: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, Ten
     return matrix, bias, layer.dropout(matrix.new_ones(batch * height * width, len(matrix)))
 
 
+def _is(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what this kind does; it may have parametrized weights."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _embeds(module: Any) -> bool:
+    """An embedding that looks up and no more."""
+    return _is(module, nn.Embedding) and module.max_norm is None and module.padding_idx is None
+
+
 def _convolves(layer: Any) -> bool:
     parts = [layer.vertical, layer.horizontal, layer.vertical_to_horizontal, layer.output]
     parts += [] if layer.condition is None else [layer.condition]
-    has_labels = layer.class_bias is None or isinstance(layer.class_bias, nn.Embedding)
-    return has_labels and all(isinstance(part, nn.Conv2d) for part in parts)
+    has_labels = layer.class_bias is None or _embeds(layer.class_bias)
+    return has_labels and all(_is(part, nn.Conv2d) for part in parts) and _is(layer.dropout, nn.Dropout)
 
 
 def _has_head(head: nn.Sequential) -> bool:
-    return len(head) == 4 and isinstance(head[1], nn.Conv2d) and isinstance(head[3], nn.Conv2d)
+    return len(head) == 4 and _is(head[2], nn.ReLU) and all(_multiplies(head[place]) for place in (1, 3))
+
+
+def _multiplies(module: Any) -> bool:
+    """A 1x1 convolution with a bias."""
+    return _is(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.bias is not None
 
 
 def _changed(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class does."""
+    """Whether a call of the module does more than its class does, or something else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or "forward" in vars(module)

@@ -128,7 +128,8 @@ def _loaded(source: str, name: str, config: str | None, split: str | None) -> An
     try:
         if path.is_dir() and any((path / x).is_file() for x in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)
-            return saved if split is None or not isinstance(saved, dict) else saved[split]
+            found = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+            return saved if split is None else found[split]
         if path.is_file() and path.suffix == ".parquet":
             _check_row_groups(path)
             return datasets.load_dataset("parquet", data_files=str(path), split=split)

@@ -27,7 +27,7 @@ def is_grey(encoded: Path | bytes, name: str) -> bool:
     try:
         with _opened(encoded) as image:
             return image.mode in GREY_MODES
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file fails in any way
         raise UserError(f"the image {name} cannot be read: {error}") from error
 
 
@@ -57,7 +57,9 @@ def decode_image(encoded: Path | bytes, name: str, color: Color, size: tuple[int
         if not whole:
             with _opened(encoded) as image:
                 image = _converted(image, color)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except WrongSize:
+        raise
+    except Exception as error:  # a damaged file fails in any way, its EXIF data too
         raise UserError(f"the image {name} cannot be read: {error}") from error
     if size is not None and image.size != size:
         raise WrongSize(*image.size)

@@ -11,7 +11,7 @@ from training.comparison.conftest import synthetic, tiny_settings
 
 from vqkernels.training.build import load_models, load_vqvae
 from vqkernels.training.comparison.contenders import CONTINUOUS, EMA, GRADIENT, Interrupted
-from vqkernels.training.comparison.run import compare
+from vqkernels.training.comparison.run import compare, data_name
 from vqkernels.training.comparison.settings import settings_for
 from vqkernels.training.data import ImageData
 from vqkernels.training.errors import UserError
@@ -89,6 +89,22 @@ def test_another_comparison_in_the_same_folder_is_refused(compared, data, settin
     with pytest.raises(UserError, match="is a file, not a folder"):
         compare(settings, data, tmp_path / "notes.txt")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["notes.txt"]
+
+
+def test_other_images_in_the_folder_of_an_interrupted_comparison_are_refused(data, settings, tmp_path):
+    with pytest.raises(Interrupted):
+        compare(settings, data, tmp_path / "out", should_stop=lambda: True)
+    other = dataclasses.replace(data, train=synthetic(seed=2))
+    with pytest.raises(UserError, match="holds a comparison of other images; give the same ones, or a new folder"):
+        compare(settings, other, tmp_path / "out")
+
+
+def test_the_name_of_a_source_has_no_folder_of_this_machine(tmp_path):
+    assert data_name("digits") == "digits" and data_name(str(tmp_path / "cifar")) == "cifar"
+    assert data_name("hf:ylecun/mnist") == "hf:ylecun/mnist"
+    assert data_name("hf:ylecun/mnist:train[:10%]") == "hf:ylecun/mnist:train[:10%]"
+    (tmp_path / "saved").mkdir()
+    assert data_name(f"hf:{tmp_path / 'saved'}:test") == "hf:saved:test"
 
 
 def test_too_few_held_out_images_are_refused(settings, tmp_path):

@@ -23,6 +23,7 @@ from vqkernels.training.checkpoint import ImageFormat, holds_run, write_atomical
 from vqkernels.training.comparison.settings import ComparisonSettings
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData
+from vqkernels.training.errors import UserError
 from vqkernels.training.images import ImageSet
 from vqkernels.training.loop import train, train_stage
 from vqkernels.training.stages import spread
@@ -104,10 +105,9 @@ def train_contenders(workshop: Workshop, say: Callable[[str], None]) -> list[Con
 
     Raises:
         Interrupted: `should_stop` said so.
+        UserError: the comparison was begun with other images.
     """
-    if not workshop.images_file.exists():
-        train_pixels, held_out = workshop.data.train.pixels.numpy(), workshop.data.held_out.pixels.numpy()
-        write_atomically(workshop.images_file, lambda file: np.savez(file, x_train=train_pixels, x_test=held_out))
+    _keep_images(workshop)
     found = []
     for name, decay in ((GRADIENT, None), (EMA, DECAY)):
         say(f"training {name}, then its prior")
@@ -131,6 +131,18 @@ def parameters(model: nn.Module | None) -> int:
     learned = sum(x.numel() for x in model.parameters())
     kept = {name: x for name, x in model.named_buffers() if name.rpartition(".")[2] == "codebook"}
     return learned + sum(x.numel() for x in kept.values())
+
+
+def _keep_images(workshop: Workshop) -> None:
+    """Write the images that the VQ-VAEs' runs read, or find the same ones there."""
+    file, data = workshop.images_file, workshop.data
+    images = {"x_train": data.train.pixels.numpy(), "x_test": data.held_out.pixels.numpy()}
+    if not file.exists():
+        write_atomically(file, lambda out: np.savez(out, **images))  # type: ignore[arg-type]
+        return
+    with np.load(file, allow_pickle=False) as kept:
+        if not all(np.array_equal(kept[name], pixels) for name, pixels in images.items()):
+            raise UserError(f"{workshop.out} holds a comparison of other images; give the same ones, or a new folder")
 
 
 def _train_vqvae(workshop: Workshop, name: str, config: RunConfig) -> Contender:

@@ -20,6 +20,7 @@ from vqkernels.training.comparison.probe import linear_probe
 from vqkernels.training.comparison.settings import ComparisonSettings
 from vqkernels.training.data import ImageData
 from vqkernels.training.errors import UserError
+from vqkernels.training.hub_dataset import PREFIX
 from vqkernels.training.stages import draw, spread
 
 SHOWN = 10  # held-out images that are reconstructed in the report
@@ -102,7 +103,10 @@ def compare(
 
 
 def data_name(data: str) -> str:
-    """A source without the folders it lies in."""
+    """A source without the folders it lies in; a data set of the hub keeps its whole name."""
+    if data.startswith(PREFIX):
+        name, colon, rest = data.removeprefix(PREFIX).partition(":")
+        return f"{PREFIX}{Path(name).name if Path(name).exists() else name}{colon}{rest}"
     return data if data == "digits" else Path(data).name
 
 
