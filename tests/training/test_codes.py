@@ -143,3 +143,33 @@ def test_a_model_is_the_same_in_any_memory_format():
     assert fingerprint(model.to(memory_format=torch.channels_last)) == before
     model.encoder[0].weight.data[0, 0, 0, 0] += 1
     assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_flipped_bit_is_noticed(tmp_path, container):
+    directory = CodesDirectory(tmp_path / "codes", index(container=container))
+    fill(directory)
+    for file in sorted(directory.path.glob(f"*-000001.{container}")):
+        whole = file.read_bytes()
+        for byte in range(0, len(whole) - 9, 7):
+            flipped = bytearray(whole)
+            flipped[byte] ^= 1 << byte % 8
+            file.write_bytes(flipped)
+            try:
+                found = directory.read(1)
+            except UserError as error:
+                assert "delete it and encode again" in str(error)
+            else:  # where it holds nothing, as in the name of the program that wrote it
+                assert container == "parquet"
+                codes, labels = grids(directory.index, 1)
+                assert torch.equal(found.codes, codes) and torch.equal(found.labels, labels)
+        file.write_bytes(whole)
+
+
+def test_arrays_of_others_need_no_checksum(tmp_path):
+    directory = CodesDirectory(tmp_path / "codes", index(labelled=False))
+    fill(directory)
+    file = directory.path / "codes-000001.npy"
+    codes = np.load(file)
+    np.save(file, 15 - codes)
+    assert torch.equal(directory.read(1).codes, 15 - torch.from_numpy(codes.astype(np.int64)))

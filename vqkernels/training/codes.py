@@ -2,7 +2,7 @@
 
     index.json               what the codes are, written first; every process writes the same bytes
     codes-000000.npy         (n, h, w) uint16, or int32 where the codebook has more than 65,536 codes
-    labels-000000.npy        (n,) int64, where the images have labels
+    labels-000000.npy        (n,) int64, where the images have labels; behind both arrays stands a checksum
     codes-000000.parquet     instead of both, with --container parquet: columns `codes` (a list of h * w) and `label`
 
 Shard k holds images k * shard_images and following, in the order of the source, so which shards are missing can be seen
@@ -14,9 +14,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import zlib
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from vqkernels.training.errors import UserError
 
 FORMAT = "vqkernels-codes-1"
 Container = Literal["npy", "parquet"]
+SEAL = b"crc32"  # behind an array, then four bytes of it, little-endian; readers of .npy look no further than the array
 MAX_COUNT = 1 << 40
 MAX_SHARDS = 1 << 20
 
@@ -147,11 +150,12 @@ class CodesDirectory:
             if labels is not None:
                 columns["label"] = pa.array(labels.numpy())
             table = pa.table(columns)
-            write_atomically(self._file("codes", shard), lambda out: pq.write_table(table, out))
+            file = self._file("codes", shard)
+            write_atomically(file, lambda out: pq.write_table(table, out, write_page_checksum=True))
             return
         if labels is not None:
-            write_atomically(self._file("labels", shard), lambda out: np.save(out, labels.numpy()))
-        write_atomically(self._file("codes", shard), lambda out: np.save(out, array))
+            write_atomically(self._file("labels", shard), lambda out: _save(out, labels.numpy()))
+        write_atomically(self._file("codes", shard), lambda out: _save(out, array))
 
     def read(self, shard: int) -> Codes:
         """One shard.
@@ -164,6 +168,9 @@ class CodesDirectory:
         if not file.exists():
             raise UserError(f"{self.path} is incomplete: {file.name} is missing; finish it with 'vqkernels encode'")
         try:
+            if self.index.container == "npy":
+                for kind in ("codes", "labels") if self.index.labelled else ("codes",):
+                    _check_seal(self._file(kind, shard))
             codes, labels = self._load(shard)
         except UserError:
             raise
@@ -187,7 +194,7 @@ class CodesDirectory:
         if self.index.container == "parquet":
             pq, _ = _pyarrow()
             first, end = self.index.bounds(shard)
-            with pq.ParquetFile(file) as opened:
+            with pq.ParquetFile(file, page_checksum_verification=True) as opened:
                 metadata = opened.metadata
                 groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
                 most = (end - first) * (math.prod(self.index.codes) + 1) * 16 + (1 << 20)  # of plain int64, twice
@@ -220,6 +227,29 @@ class CodesDirectory:
 
     def _file(self, kind: str, shard: int) -> Path:
         return self.path / f"{kind}-{shard:06d}.{self.index.container}"
+
+
+def _save(file: BinaryIO, array: np.ndarray) -> None:
+    content = BytesIO()
+    np.save(content, array)
+    file.write(content.getbuffer())
+    file.write(SEAL + zlib.crc32(content.getbuffer()).to_bytes(4, "little"))
+
+
+def _check_seal(path: Path) -> None:
+    """Raise ValueError if what stands before the checksum of a file has changed; an array of others may have none."""
+    size = path.stat().st_size - len(SEAL) - 4
+    if size < 0:
+        return
+    with path.open("rb") as file:
+        file.seek(size)
+        seal, sum_of = file.read(len(SEAL)), 0
+        told = int.from_bytes(file.read(4), "little")
+        file.seek(0)
+        while seal == SEAL and file.tell() < size:
+            sum_of = zlib.crc32(file.read(min(size - file.tell(), 1 << 20)), sum_of)
+    if seal == SEAL and sum_of != told:
+        raise ValueError(f"the checksum of {path.name} is not that of its bytes")
 
 
 def fingerprint(vqvae: VQVAE) -> str:
