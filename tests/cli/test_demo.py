@@ -1,5 +1,6 @@
 """`vqkernels demo`: the figures it prints, in full, and its report."""
 
+import html
 import re
 
 import pytest
@@ -17,8 +18,9 @@ def test_the_demo_meets_its_figures(tmp_path, capsys):
     assert re.findall(r"PASS|—", output) == ["PASS", "PASS", "PASS"], output
     pictures = re.findall(r"^  (.*\.png)$", output, re.MULTILINE)
     assert {"reconstructions", "samples"} == {re.sub(r".*/(\w+)_\d+\.png", r"\1", picture) for picture in pictures}
-    text = (tmp_path / "demo" / "report.html").read_text()
-    check_self_contained(text)
+    page = (tmp_path / "demo" / "report.html").read_text()
+    text = html.unescape(page)
+    check_self_contained(page)
     printed = re.findall(r"^(.*\S) +([\d.]+)%? +(?:PASS|—)", output, re.MULTILINE)
     assert len(printed) == 3 and all(f"<td>{name}</td><td>{value}" in text for name, value in printed)
     # what is finished is measured again, not trained again
