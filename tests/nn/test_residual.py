@@ -212,7 +212,7 @@ def test_k_means_starts_every_level_on_what_is_left(kind, ema_decay, backend):
 
 def test_k_means_with_fewer_rows_than_codes_says_so():
     layer = build("plain", init="kmeans", ema_decay=0.9)
-    with pytest.warns(RuntimeWarning, match="k-means initialisation of 32 codes from 5 rows"):
+    with pytest.warns(RuntimeWarning, match="k-means initialisation of 32 codes found 5 different usable rows"):
         layer(torch.randn(5, 8))
     assert layer.codebook.isfinite().all()
 
@@ -235,7 +235,7 @@ def test_one_bad_row_leaves_every_codebook_alone(kind, backend):
 
 
 def test_dropout_draws_levels_for_each_element_and_all_of_them_without():
-    layer = ResidualVectorQuantizer(4, 8, 4, dropout=0.5, ema_decay=0.9)
+    layer = ResidualVectorQuantizer(4, 8, 4, dropout=0.5, ema_decay=0.9, seed=0)
     z = torch.randn(4000, 3, 4)
     _, indices, _ = layer(z)
     passed = (indices >= 0).sum(-1)
@@ -245,7 +245,7 @@ def test_dropout_draws_levels_for_each_element_and_all_of_them_without():
     again = layer(z)[1]
     assert not (again >= 0).equal(indices >= 0) and layer.dropout_steps == 2
     assert (layer.eval()(z)[1] >= 0).all()
-    twin = ResidualVectorQuantizer(4, 8, 4, dropout=0.5, ema_decay=0.9)
+    twin = ResidualVectorQuantizer(4, 8, 4, dropout=0.5, ema_decay=0.9, seed=0)
     assert (twin(z)[1] >= 0).equal(indices >= 0)
     assert not (ResidualVectorQuantizer(4, 8, 4, dropout=0.5, seed=1)(z)[1] >= 0).equal(indices >= 0)
     assert (ResidualVectorQuantizer(4, 8, 4, dropout=1.0)(z)[1][:, 0, 3] < 0).float().mean() > 0.6

@@ -14,7 +14,7 @@ def candidates(rows, usable=None):
 
 
 def draws(count, step=3):
-    return hashed(0, torch.tensor(step), 2 * count + 1)
+    return hashed(torch.tensor(0), torch.tensor(step), 2 * count + 1)
 
 
 def test_vectors_and_statistics_are_replaced_relative_to_uniform_usage():

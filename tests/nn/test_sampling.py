@@ -21,7 +21,7 @@ def test_the_draws_are_those_of_sample_code_and_the_rest_follows_them(metric, em
         z = torch.randn(50, 4)
         rows = z / z.norm(dim=1, keepdim=True) if metric == "cosine" else z
         quantized, indices, loss = layer(z)
-        key = step_key(3, torch.tensor(step))
+        key = step_key(torch.tensor(3), torch.tensor(step))
         search = "dot" if metric == "cosine" else metric
         expected = vqkernels.sample_code(rows, codes, temperature=0.5, seed=key, metric=search, backend=backend)
         assert (indices == expected).float().mean() > 0.95  # the last bit of a scaled row may decide a draw

@@ -18,6 +18,15 @@ def check_int(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an int, got {value!r}")
 
 
+def check_seed(value: Any) -> None:
+    """None or an int that fits into int64."""
+    if value is None:
+        return
+    check_int("seed", value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed must be None or an int of 64 bits, got {value!r}")
+
+
 def is_number(value: Any) -> bool:
     """A finite int or float; True is not one."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,16 +1,18 @@
-"""The state of a codebook and how it learns: initialisation, moving averages, revival, checkpoints."""
+"""The state of a codebook and how it learns: initialisation, moving averages, revival, checkpoints, freezing."""
 
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.recomputation import as_seen, change, enter
 from . import metrics
-from .draws import count_rows
+from .draws import count_rows, fill_seed_
 from .ema import ema_update_
+from .freezing import untouched
 from .heads import Rows
 from .initialisation import initial_codes
 from .loading import explain_keys, explain_sizes
@@ -24,21 +26,46 @@ from .revival import (
     revive_,
     share_candidates,
 )
-from .synchronisation import one_hot_rank, sum_over_ranks, world_size
+from .synchronisation import Ranks
+from .wide import WideBuffers
 
 USAGE_DECAY = 0.99  # of the moving counts that revival looks at where the codebook is trained by gradient
 
 
-class TrainedCodebook(nn.Module):
+class Pending(NamedTuple):
+    """Statistics of this rank that wait for `update_codebook()`."""
+
+    counts: Tensor
+    sums: Tensor
+    candidates: Candidates | None  # for revival
+
+
+class Seen(NamedTuple):
+    """What a training forward sees of its layer's state, and what it may do (see `vqkernels.ops.recomputation`)."""
+
+    codebook: Tensor | None  # where this forward overwrites it: as it was
+    steps: Tensor | None  # the counter of the layer's draws
+    again: bool | Tensor
+    learns: bool | Tensor
+
+
+class TrainedCodebook(WideBuffers):
     """A codebook with its statistics; `VectorQuantizer` is the layer around it and documents the arguments.
 
     State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
     `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts`
     and `ema_steps ()` int64, the updates so far; with EMA `ema_sums` float32 like the codebook; with a temperature
-    `sample_steps ()` int64, the training forwards so far; with init="kmeans" `initialised ()` bool.
-    With ema_update="manual" the statistics since the last update are buffers that no checkpoint holds.
+    `sample_steps ()` int64, the training forwards so far; with init="kmeans" `initialised ()` bool; in a layer that
+    draws random numbers `seed ()` int64.
+    With ema_update="manual" the statistics since the last update belong to this rank and to no state dict.
+
+    A codebook learns in a forward in training mode, with gradients enabled, unless it is frozen: by `freeze()` until
+    `freeze(False)`, by `requires_grad_(False)` on the layer, by `forward(freeze=True)`, or, where it is trained by
+    gradient, by `codebook.requires_grad_(False)`. A forward under `torch.no_grad()` changes no code and no statistic.
     """
 
+    metric: str
+    backend: str
     codebook: Tensor
     counts: Tensor
     ema_counts: Tensor
@@ -46,10 +73,7 @@ class TrainedCodebook(nn.Module):
     ema_steps: Tensor
     sample_steps: Tensor
     initialised: Tensor
-    pending_counts: Tensor
-    pending_sums: Tensor
-    pending_rows: Tensor
-    pending_usable: Tensor
+    seed: Tensor
 
     def __init__(
         self,
@@ -61,19 +85,24 @@ class TrainedCodebook(nn.Module):
         init: str,
         revive: str,
         revive_threshold: float,
-        seed: int,
+        seed: int | None,
         sampled: bool,
+        draws: bool,
+        process_group: Any,
         axes: tuple[str, ...] = ("heads", "codebook_size", "channels per code"),
         candidates: int | None = None,
     ) -> None:
-        """`axes` names those of `shape`, from its end; `candidates`: heads of the rows that revival draws from."""
+        """`axes` names those of `shape`, from its end; `candidates`: heads of the rows that revival draws from;
+        `draws`: whether the layer draws random numbers of other kinds than those for codes, samples and revival."""
         super().__init__()
         self._axes = axes[-len(shape) :]
         self.ema_decay, self.init, self.revive, self.revive_threshold = ema_decay, init, revive, revive_threshold
-        self.seed = seed
-        self._manual, self._cosine = manual, cosine
-        self._initialised = init == "uniform"  # on the host: nobody waits for the device to know
+        self.ranks, self.frozen = Ranks(process_group), False
+        self._manual, self._cosine, self._given_seed = manual, cosine, seed
+        self._candidates = candidates or math.prod(shape[:-2])
         self._tracks_usage = ema_decay is not None or revive != "off"
+        self._pending: Pending | None = None
+        self._started, self._started_buffer = False, 0
         codebook = torch.empty(shape, dtype=torch.float32)
         if ema_decay is None:
             self.codebook = nn.Parameter(codebook)
@@ -81,99 +110,214 @@ class TrainedCodebook(nn.Module):
             self.register_buffer("codebook", codebook)
         self.register_buffer("counts", torch.zeros(shape[:-1], dtype=torch.int64))
         if self._tracks_usage:
-            self.register_buffer("ema_counts", torch.zeros(shape[:-1]))
+            self.register_buffer("ema_counts", torch.zeros(shape[:-1], dtype=torch.float32))
             self.register_buffer("ema_steps", torch.zeros((), dtype=torch.int64))
         if ema_decay is not None:
-            self.register_buffer("ema_sums", torch.zeros(shape))
+            self.register_buffer("ema_sums", torch.zeros(shape, dtype=torch.float32))
         if sampled:
             self.register_buffer("sample_steps", torch.zeros((), dtype=torch.int64))
         if init == "kmeans":
             self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
-        if manual:
-            self.register_buffer("pending_counts", torch.zeros(shape[:-1], dtype=torch.int64), persistent=False)
-            self.register_buffer("pending_sums", torch.zeros(shape), persistent=False)
-            if revive != "off":
-                drawn = (candidates or math.prod(shape[:-2]), candidate_count(shape[-2]))
-                self.register_buffer("pending_rows", torch.zeros(*drawn, shape[-1]), persistent=False)
-                self.register_buffer("pending_usable", torch.zeros(drawn, dtype=torch.bool), persistent=False)
+        if draws or sampled or init == "kmeans" or revive != "off":
+            self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def reset_codebook(self) -> None:
-        """Draws the codes anew, uniform in [-1/K, 1/K], and clears all statistics."""
+        """Draws the codes and the seed of later draws anew, codes uniform in [-1/K, 1/K], and clears all statistics."""
         size = self.codebook.shape[-2]
         self.codebook.uniform_(-1 / size, 1 / size)
-        for _, buffer in self.named_buffers(recurse=False):
-            if buffer is not self.codebook:
+        for name, buffer in self.named_buffers(recurse=False):
+            if name == "seed":
+                fill_seed_(buffer, self._given_seed)
+            elif name != "codebook":
                 buffer.zero_()
-        self._initialised = self.init == "uniform"
+        self._forget()
 
     @torch.no_grad()
-    def initialise(self, rows: Rows, metric: str, backend: str) -> None:
-        """Codes by k-means on these rows and those of the other ranks; the first training forward calls it, once."""
-        size = self.codebook.shape[-2]
-        if world_size() == 1:
-            if rows.number == 0:
-                return  # the next batch may have rows; ranks cannot know of one another, and none waits
-            if rows.number < size and not torch.compiler.is_compiling():
-                warnings.warn(
-                    f"k-means initialisation of {size} codes from {rows.number} rows: the others start as copies of "
-                    "these with a jitter; use a larger first batch",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-        self.codebook.copy_(self._initial_codes(rows, metric, backend))
-        self.initialised.fill_(True)
-        self._initialised = True
+    def set_codebook(self, codes: Tensor, weight: float = 1.0) -> None:
+        """Goes on from given codes, of the codebook's shape: all statistics are cleared, and k-means does not run.
 
-    def _initial_codes(self, rows: Rows, metric: str, backend: str) -> Tensor:
-        """All codes from the rows of the first batch."""
-        return initial_codes(rows, self.codebook.shape[-2], metric, self.seed, backend)
+        Args:
+            weight: rows that each code counts for in the moving averages. With 1, a code at 0 that gets one row at 4
+                goes to 0.04 with decay 0.99.
+
+        Raises:
+            ValueError: the codes are of another shape.
+        """
+        if codes.shape != self.codebook.shape:
+            expected = f"{list(self.codebook.shape)} ({', '.join(self._axes)})"
+            raise ValueError(f"codes must have the shape of the codebook, {expected}, got {list(codes.shape)}")
+        self.reset_codebook()
+        self.codebook.copy_(codes)
+        self._weigh(weight)
+        if self.init == "kmeans":
+            self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def _weigh(self, weight: float) -> None:
+        """Moving averages as if each code had been the mean of `weight` rows in every step so far."""
+        if self._tracks_usage:
+            self.ema_counts.fill_(weight)
+        if self.ema_decay is not None:
+            self.ema_sums.copy_(self.codes * weight)
+
+    def freeze(self, frozen: bool = True) -> "TrainedCodebook":
+        """Leaves codebook and statistics as they are in every forward from now on; `freeze(False)` lets them learn."""
+        self.frozen = frozen
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "TrainedCodebook":
+        """As for every module; False also freezes a codebook that is trained by moving averages.
+
+        `requires_grad_` of a model around the layer reaches Parameters only, and such a codebook is none.
+        """
+        if self.ema_decay is not None:
+            self.frozen = not requires_grad
+        return super().requires_grad_(requires_grad)
+
+    def _begin(self, z: Tensor, rows: Rows, freeze: bool, steps: Tensor | None) -> Seen | None:
+        """Begins a forward: first codes, what it sees of the codebook and of `steps`, what it may do. None in eval."""
+        if not self.training:
+            return None
+        if self.ema_decay is None and not isinstance(self.codebook, nn.Parameter) and self._tracks_usage:
+            raise RuntimeError(
+                'a codebook that FSDP1 has flattened cannot be written by init="kmeans" or revive="rows": set '
+                "ema_decay, use fully_shard (FSDP2), or leave this layer out with ignored_modules"
+            )
+        self.widen_buffers()
+        if self._manual and self._pending is None:
+            self._pending = self._no_statistics()
+        if self._learns(freeze) and self._must_start():
+            self.initialise(rows, self.metric, self.backend)
+        writes = self._learns(freeze) and self._tracks_usage and not self._manual
+        reads = [self.codebook] * writes + ([] if steps is None else [steps])
+        state, again, learns = enter(self.counts, z, reads)
+        return Seen(state[0] if writes else None, None if steps is None else state[-1], again, learns)
+
+    def _learns(self, freeze: bool) -> bool:
+        """Whether a training forward may change the codes, by itself or through an optimizer."""
+        return not freeze and (self.ema_decay is not None or self.codebook.requires_grad)
+
+    def _looked_up(self, seen: Seen | None, freeze: bool) -> Tensor:
+        """The codebook that this forward looks up, with its gradient."""
+        if freeze:
+            return self.codebook.detach()
+        if seen is None or seen.codebook is None:
+            return self.codebook
+        return as_seen(self.codebook, seen.codebook)
+
+    def _reached(self, quantized: Tensor, loss: Tensor, freeze: bool) -> tuple[Tensor, Tensor]:
+        """Results of a forward; those of a frozen one reach the codebook without a gradient, as DDP needs it."""
+        if freeze and self.training and self.codebook.requires_grad and torch.is_grad_enabled():
+            return untouched(quantized, self.codebook), untouched(loss, self.codebook)
+        return quantized, loss
+
+    def _must_start(self) -> bool:
+        """Whether the codes still have to be computed. The buffer decides; that it was True is remembered of it.
+
+        While compiling the host does not know, and the device decides (`initialise`).
+        """
+        if self.init != "kmeans":
+            return False
+        if torch.compiler.is_compiling():
+            return not self._started
+        if self._started_buffer != id(self.initialised):
+            self._started = bool(self.initialised)
+            self._started_buffer = id(self.initialised) if self._started else 0
+        return not self._started
+
+    def initialise(self, rows: Rows, metric: str, backend: str) -> None:
+        """Codes by k-means on these rows and those of the other ranks; the first training forward that learns does it.
+
+        Without a usable row (unmasked and finite) on any rank the codes stay, and the next batch may initialise.
+        """
+        allowed = enter(self.initialised, rows.values, []).learns
+        state = [self.codebook, self.initialised]
+        change(allowed, state, lambda: self._start(rows, metric, backend))
+        self._started = torch.compiler.is_compiling()
+
+    def _start(self, rows: Rows, metric: str, backend: str) -> None:
+        codes, distinct = self._initial_codes(rows, metric, backend)
+        size = self.codebook.shape[-2]
+        if not torch.compiler.is_compiling() and 0 < (found := int(distinct)) < size:
+            warnings.warn(
+                f"k-means initialisation of {size} codes found {found} different usable rows (masked rows and rows "
+                "with a NaN or an infinity are not usable): the other codes start as copies of these with a jitter; "
+                "use a larger first batch",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+        starts = (distinct > 0) & ~self.initialised
+        self.codebook.copy_(torch.where(starts, codes.to(self.codebook.dtype), self.codebook))
+        self.initialised.logical_or_(distinct > 0)
+
+    def _initial_codes(self, rows: Rows, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+        """All codes from the rows of the first batch, and how many of them come from data."""
+        return initial_codes(rows, self.codebook.shape[-2], metric, self.seed, backend, self.ranks)
 
     def _spread(self, candidates: Candidates) -> Candidates:
         """Candidates of every codebook from rows drawn from the batch; they are the same where there is no stack."""
         return candidates
 
-    @torch.no_grad()
-    def learn(self, counts: Tensor, sums: Tensor, rows: Rows) -> None:
+    def learn(self, seen: Seen, counts: Tensor, sums: Tensor, rows: Rows) -> None:
         """Takes in the statistics of one training step: counts `(..., K)` and sums like the codebook, of its shape."""
-        if not self._tracks_usage:
-            self.counts.copy_(counts)
+        state = [self.codebook, *(x for _, x in self.named_buffers(recurse=False) if x is not self.codebook)]
+        if self._pending is not None:
+            state += [self._pending.counts, self._pending.sums, *(self._pending.candidates or ())]
+        change(seen.learns, state, lambda: self._take_in(counts, sums, rows))
+
+    def _take_in(self, counts: Tensor, sums: Tensor, rows: Rows) -> None:
+        if not (self._tracks_usage and self._learns(False)):
+            self.counts.copy_(self.ranks.sum(counts)[0])
             return
         totals = [counts] if self.ema_decay is None else [counts, sums]
-        if self._manual:
-            self.pending_counts.add_(totals[0])
-            self.pending_sums.add_(totals[1])
-            if self.revive != "off":
+        if self._pending is not None:
+            self._pending.counts.add_(counts)
+            self._pending.sums.add_(sums)
+            if self._pending.candidates is not None:
                 candidates = draw_candidates(rows, self._draws())
-                self.pending_rows.copy_(candidates.rows)
-                self.pending_usable.copy_(candidates.usable)
+                self._pending.candidates.rows.copy_(candidates.rows)
+                self._pending.candidates.usable.copy_(candidates.usable)
         elif self.revive == "off":
-            self._update(sum_over_ranks(*totals))
+            self._update(self.ranks.sum(*totals))
         else:
             # The number of rows of each rank rides along, so that all ranks draw from the joined batch.
-            *totals, numbers = sum_over_ranks(*totals, one_hot_rank(count_rows(rows)))
+            *totals, numbers = self.ranks.sum(*totals, self.ranks.one_hot(count_rows(rows)))
             draws = self._draws()
-            self._update(totals, self._spread(draw_candidates_over_ranks(rows, draws, numbers)), draws)
+            candidates = draw_candidates_over_ranks(rows, draws, numbers, self.ranks)
+            self._update(totals, self._spread(candidates), draws)
 
     @torch.no_grad()
     def update_codebook(self) -> None:
         """Updates the codebook from all training forwards since the last call; for ema_update="manual".
 
         Call it once per optimizer step, after the backward passes, on every rank. Revival draws from the rows of the
-        last forward. Masked, empty or missing forwards add nothing.
+        last forward. Masked, empty or missing forwards add nothing. A frozen layer stays as it is.
         """
         if not self._manual:
             raise RuntimeError('update_codebook() is for ema_update="manual"; this layer updates itself in forward')
-        totals = sum_over_ranks(self.pending_counts, self.pending_sums)
-        if self.revive == "off":
+        if self.frozen:
+            return
+        self.widen_buffers()
+        pending = self._pending or self._no_statistics()
+        totals = self.ranks.sum(pending.counts, pending.sums)
+        if pending.candidates is None:
             self._update(totals)
         else:
             draws = self._draws()
-            mine = Candidates(self.pending_rows, self.pending_usable)
-            self._update(totals, self._spread(share_candidates(mine, draws)), draws)
-            self.pending_usable.zero_()
-        self.pending_counts.zero_()
-        self.pending_sums.zero_()
+            self._update(totals, self._spread(share_candidates(pending.candidates, draws, self.ranks)), draws)
+        for x in (pending.counts, pending.sums, *(pending.candidates or ())):
+            x.zero_()
+
+    def _no_statistics(self) -> Pending:
+        """Statistics of no forward, where the codebook is."""
+        device, size, dim = self.codebook.device, *self.codebook.shape[-2:]
+        counts, sums = torch.zeros_like(self.counts, device=device), torch.zeros_like(self.ema_sums, device=device)
+        if self.revive == "off":
+            return Pending(counts, sums, None)
+        drawn = (self._candidates, candidate_count(size))
+        rows = torch.zeros(*drawn, dim, dtype=torch.float32, device=device)
+        return Pending(counts, sums, Candidates(rows, torch.zeros(drawn, dtype=torch.bool, device=device)))
 
     def _draws(self) -> Tensor:
         """The random integers of this step's revival."""
@@ -212,6 +356,11 @@ class TrainedCodebook(nn.Module):
         """Number of codes that the last training step did not use, int64; 0-d, or (H,) per codebook."""
         return metrics.dead_codes(self.counts)
 
+    def _forget(self) -> None:
+        """Drops what the host remembers of tensors that were filled anew."""
+        self._pending = None
+        self._started, self._started_buffer = False, 0
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -226,26 +375,25 @@ class TrainedCodebook(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        flag = f"{prefix}initialised"
-        if flag in unexpected_keys:  # how the codes began matters only to a layer that may have to begin
-            unexpected_keys.remove(flag)
         explain_keys(missing_keys, prefix, missing=True)
         explain_keys(unexpected_keys, prefix, missing=False)
-        if self.init == "kmeans" and f"{prefix}codebook" in state_dict:
-            # Without the flag (strict=False) the codes count as initialised: k-means must not overwrite them.
-            self._initialised = bool(state_dict[flag]) if flag in state_dict else True
-            if flag not in state_dict:
-                self.initialised.fill_(True)
-        for name, buffer in self.named_buffers(recurse=False):
-            if name.startswith("pending_"):
-                buffer.zero_()
+        if f"{prefix}codebook" in state_dict:
+            if self.init == "kmeans" and f"{prefix}initialised" not in state_dict:
+                with torch.no_grad():  # k-means must not overwrite loaded codes
+                    self.initialised.fill_(True)
+            statistics = "ema_counts" if self.ema_decay is None else "ema_sums"
+            if self._tracks_usage and f"{prefix}{statistics}" not in state_dict and not error_msgs:
+                self._weigh(1.0)
+        self._forget()
 
     def _apply(self, fn, recurse=True):
-        """Moves the state where `fn` moves it, but keeps floating buffers in float32 when a cast would go below."""
-        wide = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)
-        for name, buffer in wide.items():
-            moved = getattr(self, name)
-            if moved.dtype.itemsize < torch.float32.itemsize:
-                setattr(self, name, buffer.to(moved.device, torch.float32))
+        self._started, self._started_buffer = False, 0
+        if self._pending is not None:
+            device, parts = self.codebook.device, self._pending
+            if parts.counts.is_meta or self.codebook.is_meta:
+                self._pending = None
+            elif parts.counts.device != device:
+                candidates = parts.candidates and Candidates(*(x.to(device) for x in parts.candidates))
+                self._pending = Pending(parts.counts.to(device), parts.sums.to(device), candidates)
         return self

@@ -12,6 +12,7 @@ from torch import Tensor
 from .heads import Rows
 
 _MASK = 0xFFFFFFFF
+_SEED_KEY = 0x9E3779B9
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -23,20 +24,31 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def hashed(seed: int, step: Tensor, count: int) -> Tensor:
-    """`count` integers in [0, 2^32), int64, that depend on seed, step (0-d int64) and their place alone."""
-    key = _mix((step + _mix_host(seed)) & _MASK)
+def hashed(seed: Tensor, step: Tensor, count: int) -> Tensor:
+    """`count` integers in [0, 2^32), int64, that depend on seed, step (both 0-d int64) and their place alone."""
+    key = _mix((step + _mixed_seed(seed)) & _MASK)
     return _mix((torch.arange(count, device=step.device) + key) & _MASK)
 
 
-def _mix_host(seed: int) -> int:
-    """Any int in 32 bits."""
-    return (seed * 0x9E3779B97F4A7C15 >> 16) & _MASK
+def _mixed_seed(seed: Tensor) -> Tensor:
+    """Any int64 in 32 bits."""
+    return _mix((seed & _MASK) ^ _mix(((seed >> 32) & _MASK) ^ _SEED_KEY))
 
 
-def step_key(seed: int, step: Tensor) -> Tensor:
-    """A seed of one step, 0-d int64: `step` (0-d int64) counts up from a place that `seed` chooses."""
-    return step + (_mix_host(seed) << 24)
+def step_key(seed: Tensor, step: Tensor) -> Tensor:
+    """A seed of one step, 0-d int64: `step` (0-d int64) counts up from a place that `seed` (0-d int64) chooses."""
+    return step + (_mixed_seed(seed) << 24)
+
+
+def fill_seed_(buffer: Tensor, seed: int | None) -> None:
+    """Fills a 0-d int64 seed with a number, or where that is None with one of torch's default generator.
+
+    Drawn seeds are below 2^24: an average of buffers in float32 keeps them.
+    """
+    if seed is None:
+        buffer.copy_(torch.randint(0, 1 << 24, (), device="cpu"))
+    else:
+        buffer.fill_(seed)
 
 
 def draw_positions(draws: Tensor, total: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:

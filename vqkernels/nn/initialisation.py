@@ -12,7 +12,7 @@ from ..ops.kmeans import kmeans
 from .draws import count_rows, draw_positions, hashed, take_rows
 from .heads import Rows
 from .residuals import next_residual
-from .synchronisation import gather_over_ranks, world_size
+from .synchronisation import DEFAULT, Ranks
 
 ROWS_PER_CODE = 256
 MOST_ELEMENTS = 1 << 24
@@ -24,24 +24,30 @@ def sample_size(codebook_size: int, dim: int) -> int:
 
 
 @torch.no_grad()
-def sample_rows(rows: Rows, codebook_size: int, seed: int) -> Rows:
+def sample_rows(rows: Rows, codebook_size: int, seed: Tensor, ranks: Ranks = DEFAULT) -> Rows:
     """The rows of all ranks that the codes are computed from; those that count, in the order of ranks and batch."""
-    dim, ranks = rows.values.shape[rows.channel_dim], world_size()
-    bound = sample_size(codebook_size, dim)
-    if ranks == 1 and rows.number <= bound:
+    bound = sample_size(codebook_size, rows.values.shape[rows.channel_dim])
+    if ranks.size == 1 and rows.number <= bound:
         return rows
-    count = -(-bound // ranks)
+    count = -(-bound // ranks.size)
     step = torch.zeros((), dtype=torch.int64, device=rows.values.device)
     sample, usable = take_rows(rows, *draw_positions(hashed(seed, step, count), count_rows(rows)))
-    packed = gather_over_ranks(torch.cat([sample, usable.unsqueeze(-1).to(sample.dtype)], -1), 1)
+    packed = ranks.gather(torch.cat([sample, usable.unsqueeze(-1).to(sample.dtype)], -1), 1)
     return Rows(packed[..., :-1], packed[..., -1] > 0, 2, True)
 
 
 @torch.no_grad()
-def initial_codes(rows: Rows, codebook_size: int, metric: str, seed: int, backend: str) -> Tensor:
-    """`(K, D)`, or `(H, K, D)` for batched rows: one k-means per codebook, as `vqkernels.ops.kmeans` describes it."""
-    sample = sample_rows(rows, codebook_size, seed)
-    codes, _ = kmeans(
+def initial_codes(
+    rows: Rows, codebook_size: int, metric: str, seed: Tensor, backend: str, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """One k-means per codebook, as `vqkernels.ops.kmeans` describes it.
+
+    Returns:
+        codes `(K, D)`, or `(H, K, D)` for batched rows; and how many of them come from data, 0-d, the least of all
+        codebooks.
+    """
+    sample = sample_rows(rows, codebook_size, seed, ranks)
+    codes, distinct = kmeans(
         sample.values,
         codebook_size,
         seed=seed,
@@ -51,32 +57,38 @@ def initial_codes(rows: Rows, codebook_size: int, metric: str, seed: int, backen
         backend=backend,
         metric=metric,
     )
-    return codes if sample.batched == rows.batched else codes.squeeze(0)
+    return codes if sample.batched == rows.batched else codes.squeeze(0), distinct.min()
 
 
 @torch.no_grad()
-def initial_stack(rows: Rows, codebook_size: int, levels: int, seed: int, backend: str, shared: bool) -> Tensor:
-    """`(H, Q, K, D)`, or `(H, K, D)` if shared: level after level, k-means on what the levels before it leave.
+def initial_stack(
+    rows: Rows, codebook_size: int, levels: int, seed: Tensor, backend: str, shared: bool, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Level after level, k-means on what the levels before it leave.
 
     A shared codebook is computed from the rows together with what a codebook of the rows alone leaves of them.
+
+    Returns:
+        codes `(H, Q, K, D)`, or `(H, K, D)` if shared; and how many of the first level's come from data, 0-d.
     """
-    sample = sample_rows(rows, codebook_size, seed)
+    sample = sample_rows(rows, codebook_size, seed, ranks)
     values = sample.values.movedim(sample.channel_dim, -1)
     values, mask = (values, sample.mask) if sample.batched else (values[None], _leading(sample.mask))
     values = values.flatten(1, -2).to(torch.promote_types(values.dtype, torch.float32))
     kept = values.new_ones(values.shape[:2], dtype=torch.bool) if mask is None else mask.flatten(1)
 
-    def codes_of(values: Tensor, kept: Tensor, level: int) -> Tensor:
-        return kmeans(values, codebook_size, seed=seed + level, mask=kept, batched=True, backend=backend)[0]
+    def codes_of(values: Tensor, kept: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        return kmeans(values, codebook_size, seed=seed + level, mask=kept, batched=True, backend=backend)
 
-    stack = [codes_of(values, kept, 0)]
+    first, distinct = codes_of(values, kept, 0)
+    stack = [first]
     for level in range(1, 2 if shared else levels):
         rest = next_residual(values, stack[-1], kept, "euclidean", backend)
         if shared:
-            return codes_of(torch.cat([values, rest], 1), torch.cat([kept, kept], 1), level)
+            return codes_of(torch.cat([values, rest], 1), torch.cat([kept, kept], 1), level)[0], distinct.min()
         values = rest
-        stack.append(codes_of(values, kept, level))
-    return torch.stack(stack, 1)
+        stack.append(codes_of(values, kept, level)[0])
+    return torch.stack(stack, 1), distinct.min()
 
 
 def _leading(mask: Tensor | None) -> Tensor | None:

@@ -49,23 +49,42 @@ def explain_sizes(state: Mapping[str, Any], prefix: str, codebook: Tensor, axes:
     return [f"{name} was saved with {' and '.join(differ)}: build the layer with the checkpoint's sizes."]
 
 
+# Counters of draws, and how the codes began: what a layer has and a checkpoint has not stays as it is.
+_OF_TRAINING = frozenset({"seed", "sample_steps", "dropout_steps"})
+_USAGE = frozenset({"ema_counts", "ema_steps"})
+_SENTENCES = {
+    ("ema_sums", True): (
+        "this layer has ema_decay set, but the codebook was trained by gradient; build it with ema_decay=None, or "
+        "load with strict=False to go on by moving averages, in which each loaded code weighs as much as one row"
+    ),
+    ("ema_sums", False): (
+        "the codebook was trained by moving averages, but this layer has ema_decay=None; build it with ema_decay, "
+        "or load with strict=False to decode or to go on by gradient from these codes"
+    ),
+    ("ema_counts", True): (
+        'this layer has revive="rows", but the checkpoint holds no usage; build it with revive="off", or load with '
+        "strict=False: each loaded code then counts as used by one row"
+    ),
+    ("initialised", True): (
+        'this layer has init="kmeans", but the checkpoint is of a layer without; build it with init="uniform", or '
+        "load with strict=False: either way the loaded codes are kept"
+    ),
+}
+
+
 def explain_keys(keys: list[str], prefix: str, missing: bool) -> None:
-    """Lets the keys below `prefix` that tell of another kind of layer say so, in place."""
-    sentences = {
-        ("ema_sums", True): (
-            "this layer has ema_decay set, but the codebook was trained by gradient; build it with ema_decay=None, or "
-            "load with strict=False to go on by moving averages from these codes"
-        ),
-        ("ema_sums", False): (
-            "the codebook was trained by moving averages, but this layer has ema_decay=None; build it with ema_decay, "
-            "or load with strict=False to go on by gradient from these codes"
-        ),
-        ("initialised", True): (
-            'this layer has init="kmeans", but the checkpoint is of a layer without; build it with init="uniform", or '
-            "load with strict=False: either way the loaded codes are kept"
-        ),
-    }
-    for place, key in enumerate(keys):
-        for (name, when), sentence in sentences.items():
-            if key == prefix + name and when == missing:
-                keys[place] = ExplainedKey(key, sentence)
+    """Takes out, in place, the keys below `prefix` that do not matter, and lets those that do say what to do.
+
+    A layer for decoding loads what a layer in training saved: counters of draws, the flag of an initialisation, and
+    the usage that revival looks at.
+    """
+    passed_over = _OF_TRAINING if missing else _OF_TRAINING | _USAGE | {"initialised"}
+    averaged = f"{prefix}ema_sums" in keys
+    kept = []
+    for key in keys:
+        name = key[len(prefix) :] if key.startswith(prefix) else ""
+        if name in passed_over:
+            continue
+        sentence = None if averaged and name == "ema_counts" else _SENTENCES.get((name, missing))
+        kept.append(key if sentence is None else ExplainedKey(key, sentence))
+    keys[:] = kept

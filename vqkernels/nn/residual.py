@@ -1,19 +1,29 @@
 """The residual layer: a stack of codebooks, each quantizing what its predecessors left, in one operator call."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import registry
 from ..ops.checks import GRADIENTS, METRICS, PRECISIONS, check_choice
+from ..ops.recomputation import advance
 from ..ops.residual import ResidualQuantization, residual_quantize_with_statistics
-from .checks import check_channels, check_decay, check_flag, check_int, check_number, check_positive, check_size
-from .codebook import TrainedCodebook
+from .checks import (
+    check_channels,
+    check_decay,
+    check_flag,
+    check_int,
+    check_number,
+    check_positive,
+    check_seed,
+    check_size,
+)
+from .codebook import Seen, TrainedCodebook
 from .draws import hashed
 from .heads import Heads, Rows
 from .initialisation import initial_stack
-from .keep import keep
 from .lookup import check_stack_indices, sum_codes
 from .masks import row_levels, row_mask, zero_masked
 from .projection import project
@@ -39,7 +49,8 @@ class ResidualVectorQuantizer(TrainedCodebook):
             fraction of the elements of z's first axis that pass, in a training forward, only the first n levels, n
             drawn uniformly from 1 to Q. Drawn on the device from (seed, step, element): the same on all ranks.
         beta: weight of the commitment losses.
-        ema_decay, ema_update, revive, revive_threshold, seed, channel_dim, precision, backend: as in `VectorQuantizer`;
+        ema_decay, ema_update, revive, revive_threshold, seed, channel_dim, precision, backend, process_group: as in
+            `VectorQuantizer`;
             a revived code of level q becomes what is left at level q of a row of the batch.
         metric: "euclidean", "dot" or "cosine", as in `vqkernels.nearest_code`: it governs the searches only.
         gradient: "straight_through" or "rotation": how the gradient of `quantized` reaches z, once for the whole stack.
@@ -70,10 +81,11 @@ class ResidualVectorQuantizer(TrainedCodebook):
         init: str = "uniform",
         revive: str = "off",
         revive_threshold: float = 0.1,
-        seed: int = 0,
+        seed: int | None = None,
         channel_dim: int = -1,
         precision: str = "exact",
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         for name, size in (("dim", dim), ("codebook_size", codebook_size), ("levels", levels), ("groups", groups)):
             check_size(name, size)
@@ -90,7 +102,7 @@ class ResidualVectorQuantizer(TrainedCodebook):
         check_number("beta", beta, 0)
         check_positive("revive_threshold", revive_threshold, below=1)
         check_int("channel_dim", channel_dim)
-        check_int("seed", seed)
+        check_seed(seed)
         check_choice("ema_update", ema_update, ("forward", "manual"))
         check_choice("metric", metric, METRICS)
         check_choice("gradient", gradient, GRADIENTS)
@@ -116,6 +128,8 @@ class ResidualVectorQuantizer(TrainedCodebook):
             revive_threshold=revive_threshold,
             seed=seed,
             sampled=False,
+            draws=dropout > 0,
+            process_group=process_group,
             candidates=groups,
         )
         self.dim, self.codebook_size, self.levels, self.codebook_dim = dim, codebook_size, levels, codebook_dim
@@ -162,20 +176,16 @@ class ResidualVectorQuantizer(TrainedCodebook):
         """
         channel_dim = check_channels(z, self.dim, self.channel_dim)
         mask = row_mask(z, channel_dim, mask, lengths)
-        trains = self.training and not freeze
-        passed = row_levels(z, channel_dim, levels, self.levels)
-        if passed is None and self.dropout > 0 and self.training:
-            passed = row_levels(z, channel_dim, self._dropped(z, channel_dim), self.levels)
         heads = Heads(self.groups, True, channel_dim)
         rows = self._rows(z, mask, heads)
-        learns = trains and (self.ema_decay is not None or self.codebook.requires_grad)
-        if learns and not self._initialised:
-            self.initialise(rows, self.metric, self.backend)
-
+        freeze = freeze or self.frozen
+        seen = self._begin(z, rows, freeze, self.dropout_steps if self.dropout > 0 else None)
+        learns = None if freeze or (seen is not None and seen.learns is False) else seen
+        passed = row_levels(z, channel_dim, levels, self.levels)
+        if passed is None and self.dropout > 0 and seen is not None:
+            passed = row_levels(z, channel_dim, self._dropped(z, channel_dim, seen), self.levels)
         # The backward pass needs the codes that were looked up, and an update below overwrites them.
-        overwrites = learns and self._tracks_usage and self.ema_update == "forward" and torch.is_grad_enabled()
-        codebook = self.codebook.detach() if freeze else self.codebook
-        codebook = keep(codebook) if overwrites else codebook
+        codebook = self._looked_up(seen, freeze)
         result = residual_quantize_with_statistics(
             rows.values,
             self._stack(codebook),
@@ -186,27 +196,27 @@ class ResidualVectorQuantizer(TrainedCodebook):
             precision=self.precision,
             channel_dim=rows.channel_dim,
             backend=self.backend,
-            statistics=trains,
+            statistics=learns is not None,
         )
-        if trains:
+        if learns is not None:
             result = self._per_codebook(result)
-            if learns:
-                self.learn(result.counts, result.sums, rows)
-            else:
-                self.counts.copy_(result.counts)
+            self.learn(learns, result.counts, result.sums, rows)
         losses = self.beta * result.commitment_losses
         if self.ema_decay is None:
             losses = losses + result.codebook_losses
         indices = result.indices.movedim(0, -2).contiguous() if self.groups > 1 else result.indices
-        return self._restore(result.quantized, z, mask, heads), indices, losses if self.groups > 1 else losses[0]
+        losses = losses if self.groups > 1 else losses[0]
+        quantized, losses = self._reached(self._restore(result.quantized, z, mask, heads), losses, freeze)
+        return quantized, indices, losses
 
-    def _dropped(self, z: Tensor, channel_dim: int) -> Tensor:
+    def _dropped(self, z: Tensor, channel_dim: int, seen: Seen) -> Tensor:
         """How many levels each element of z's first axis but channels passes in this training forward."""
         sizes = z.shape[:channel_dim] + z.shape[channel_dim + 1 :]
         elements = sizes[0] if sizes else 1
-        draws = hashed(self.seed, self.dropout_steps, 2 * elements)
+        assert seen.steps is not None
+        draws = hashed(self.seed, seen.steps, 2 * elements)
         chance, number = draws[:elements], draws[elements:]
-        self.dropout_steps.add_(1)
+        advance(self.dropout_steps, seen.again)
         short = chance < math.ceil(self.dropout * 2**32)
         return torch.where(short, 1 + number % self.levels, self.levels)
 
@@ -230,9 +240,10 @@ class ResidualVectorQuantizer(TrainedCodebook):
             counts, sums = counts.sum(1), sums.sum(1)
         return result._replace(counts=counts.view(self.counts.shape), sums=sums.view(self.codebook.shape))
 
-    def _initial_codes(self, rows: Rows, metric: str, backend: str) -> Tensor:
-        size = self.codebook_size
-        return initial_stack(rows, size, self.levels, self.seed, backend, self.shared_codebook).view_as(self.codebook)
+    def _initial_codes(self, rows: Rows, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+        size, shared = self.codebook_size, self.shared_codebook
+        codes, distinct = initial_stack(rows, size, self.levels, self.seed, backend, shared, self.ranks)
+        return codes.view_as(self.codebook), distinct
 
     def _spread(self, candidates: Candidates) -> Candidates:
         stack = self._stack(self.codebook.detach())

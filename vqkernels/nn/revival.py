@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .draws import count_rows, draw_positions, hashed, take_rows
 from .heads import Rows
-from .synchronisation import rank, sum_over_ranks, world_size
+from .synchronisation import DEFAULT, Ranks
 
 MOST_PER_STEP = 1024
 
@@ -36,7 +36,7 @@ def candidate_count(codebook_size: int) -> int:
     return min(codebook_size, MOST_PER_STEP)
 
 
-def revival_draws(seed: int, step: Tensor, codebook_size: int) -> Tensor:
+def revival_draws(seed: Tensor, step: Tensor, codebook_size: int) -> Tensor:
     """The random integers of one step's revival, `(2 C + 1,)`: C for positions, C for the order, one for the turn."""
     return hashed(seed, step, 2 * candidate_count(codebook_size) + 1)
 
@@ -48,25 +48,25 @@ def draw_candidates(rows: Rows, draws: Tensor) -> Candidates:
 
 
 @torch.no_grad()
-def draw_candidates_over_ranks(rows: Rows, draws: Tensor, rows_of_ranks: Tensor) -> Candidates:
+def draw_candidates_over_ranks(rows: Rows, draws: Tensor, rows_of_ranks: Tensor, ranks: Ranks = DEFAULT) -> Candidates:
     """Candidates from the joined rows of all ranks, the same on each of them.
 
     Args:
         rows_of_ranks: (world size,) int64, how many rows count on each rank.
     """
     positions, real = draw_positions(draws[: len(draws) // 2], rows_of_ranks.sum(), draws[-1])
-    return _joined(*take_rows(rows, positions - rows_of_ranks[: rank()].sum(), real))
+    return _joined(*take_rows(rows, positions - rows_of_ranks[: ranks.rank].sum(), real), ranks)
 
 
 @torch.no_grad()
-def share_candidates(mine: Candidates, draws: Tensor) -> Candidates:
+def share_candidates(mine: Candidates, draws: Tensor, ranks: Ranks) -> Candidates:
     """Every slot from one of the ranks, the same on all of them; for candidates drawn before the ranks could meet."""
-    usable = mine.usable & (draws[: len(draws) // 2] % world_size() == rank())
-    return _joined(torch.where(usable.unsqueeze(-1), mine.rows, 0.0), usable)
+    usable = mine.usable & (draws[: len(draws) // 2] % ranks.size == ranks.rank)
+    return _joined(torch.where(usable.unsqueeze(-1), mine.rows, 0.0), usable, ranks)
 
 
-def _joined(drawn: Tensor, usable: Tensor) -> Candidates:
-    drawn, flags = sum_over_ranks(drawn, usable.to(drawn.dtype))
+def _joined(drawn: Tensor, usable: Tensor, ranks: Ranks) -> Candidates:
+    drawn, flags = ranks.sum(drawn, usable.to(drawn.dtype))
     return Candidates(drawn, flags > 0)
 
 

@@ -1,15 +1,19 @@
 """SimVQ (Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer")."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..backends import registry
 from ..ops.checks import GRADIENTS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
+from ..ops.recomputation import change, enter
 from . import metrics
 from .checks import check_channels, check_int, check_number, check_size
 from .lookup import check_indices, look_up
 from .masks import row_mask
+from .synchronisation import Ranks
 
 
 class SimVQ(nn.Module):
@@ -22,6 +26,7 @@ class SimVQ(nn.Module):
         beta: weight of the commitment loss.
         gradient, precision, backend: as in `vqkernels.vector_quantize`.
         channel_dim: the axis of z that holds the channels.
+        process_group: the ranks whose counts are summed, as in `VectorQuantizer`.
 
     State: `basis (K, basis_dim)` float32, a buffer, normal with variance 1 / basis_dim; `transform.weight
     (dim, basis_dim)`; `counts (K,)` int64 of the last training step. The codes are `basis @ transform.weight.T`.
@@ -41,6 +46,7 @@ class SimVQ(nn.Module):
         channel_dim: int = -1,
         precision: str = "exact",
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         basis_dim = dim if basis_dim is None else basis_dim
@@ -53,7 +59,8 @@ class SimVQ(nn.Module):
         check_choice("backend", backend, registry.NAMES)
         self.dim, self.codebook_size, self.beta, self.gradient = dim, codebook_size, beta, gradient
         self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
-        self.register_buffer("basis", torch.empty(codebook_size, basis_dim))
+        self.ranks = Ranks(process_group)
+        self.register_buffer("basis", torch.empty(codebook_size, basis_dim, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64))
         self.transform = nn.Linear(basis_dim, dim, bias=False)
         self.reset_parameters()
@@ -75,6 +82,7 @@ class SimVQ(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes z; arguments and results as in `VectorQuantizer.forward`, loss = codebook + beta * commitment."""
         channel_dim = check_channels(z, self.dim, self.channel_dim)
+        seen = enter(self.counts, z, []) if self.training else None
         result = quantize_with_statistics(
             z,
             self.codes,
@@ -83,11 +91,15 @@ class SimVQ(nn.Module):
             precision=self.precision,
             channel_dim=channel_dim,
             backend=self.backend,
-            statistics=self.training,
+            statistics=seen is not None and seen.learns is not False,
         )
-        if self.training:
-            self.counts.copy_(result.counts[0])
+        if seen is not None and seen.learns is not False:
+            change(seen.learns, [self.counts], lambda: self._count(result.counts[0]))
         return result.quantized, result.indices, result.codebook_loss + self.beta * result.commitment_loss
+
+    @torch.no_grad()
+    def _count(self, counts: Tensor) -> None:
+        self.counts.copy_(self.ranks.sum(counts)[0])
 
     def decode(self, indices: Tensor, *, check: bool = True) -> Tensor:
         """Codes of `indices`, laid out like z; as `VectorQuantizer.decode`."""

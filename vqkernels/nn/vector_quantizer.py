@@ -1,11 +1,13 @@
 """The layer: a codebook, trained by the codebook loss or by moving averages, over the fused operators."""
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..backends import registry
 from ..ops.checks import GRADIENTS, METRICS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
+from ..ops.recomputation import advance
 from ..ops.sample import sample_code
 from .checks import (
     check_channels,
@@ -14,18 +16,18 @@ from .checks import (
     check_int,
     check_number,
     check_positive,
+    check_seed,
     check_size,
 )
-from .codebook import TrainedCodebook
+from .codebook import Seen, TrainedCodebook
 from .draws import step_key
 from .entropy import entropy_penalty
 from .heads import Heads, Rows
-from .keep import keep
 from .lookup import check_indices, look_up
 from .masks import row_mask, zero_masked
 from .normalisation import unit
 from .projection import project
-from .synchronisation import rank
+from .synchronisation import global_rank
 
 
 class VectorQuantizer(TrainedCodebook):
@@ -59,9 +61,12 @@ class VectorQuantizer(TrainedCodebook):
             `vqkernels.nn.initialisation`).
         revive: "off", or "rows": a code that is hardly used becomes a row of the batch (see `vqkernels.nn.revival`).
         revive_threshold: how much of the mean usage of all codes a code needs to live, in (0, 1).
-        seed: of every draw of the layer; equal on all ranks.
+        seed: of every draw of the layer; None draws it from torch's default generator when the layer is built, so that
+            layers differ and `torch.manual_seed` repeats them. It is a buffer, equal on all ranks like the codes.
         channel_dim: the axis of z that holds the channels; 1 for images `(B, C, H, W)`.
         precision, backend: as in `vqkernels.nearest_code`.
+        process_group: the ranks that learn together: None for the default group, a `torch.distributed.ProcessGroup`, or
+            False for this rank alone.
 
     State: see `vqkernels.nn.codebook.TrainedCodebook`, and `project_in`, `project_out` where there are projections.
     Floating buffers are never narrower than float32, whatever the module is cast to. With a process group (asked for in
@@ -90,10 +95,11 @@ class VectorQuantizer(TrainedCodebook):
         init: str = "uniform",
         revive: str = "off",
         revive_threshold: float = 0.1,
-        seed: int = 0,
+        seed: int | None = None,
         channel_dim: int = -1,
         precision: str = "exact",
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         for name, size in (("dim", dim), ("codebook_size", codebook_size), ("heads", heads)):
             check_size(name, size)
@@ -112,7 +118,7 @@ class VectorQuantizer(TrainedCodebook):
         check_positive("entropy_temperature", entropy_temperature)
         check_flag("separate_codebooks", separate_codebooks)
         check_int("channel_dim", channel_dim)
-        check_int("seed", seed)
+        check_seed(seed)
         check_choice("ema_update", ema_update, ("forward", "manual"))
         check_choice("metric", metric, METRICS)
         check_choice("gradient", gradient, GRADIENTS)
@@ -133,6 +139,8 @@ class VectorQuantizer(TrainedCodebook):
             revive_threshold=revive_threshold,
             seed=seed,
             sampled=temperature is not None,
+            draws=False,
+            process_group=process_group,
         )
         self.dim, self.codebook_size, self.codebook_dim, self.heads = dim, codebook_size, codebook_dim, heads
         self.separate_codebooks, self.beta, self.ema_update, self.metric = separate, beta, ema_update, metric
@@ -175,16 +183,11 @@ class VectorQuantizer(TrainedCodebook):
         mask = row_mask(z, channel_dim, mask, lengths)
         heads = Heads(self.heads, self.separate_codebooks, channel_dim)
         rows = self._rows(z, mask, heads)
-        counts = self.training and not freeze
-        learns = counts and (self.ema_decay is not None or self.codebook.requires_grad)
-
-        if learns and not self._initialised:
-            self.initialise(rows, self.metric, self.backend)
-
+        freeze = freeze or self.frozen
+        seen = self._begin(z, rows, freeze, None if self.temperature is None else self.sample_steps)
+        learns = None if freeze or (seen is not None and seen.learns is False) else seen
         # The backward pass needs the codes that were looked up, and an update below overwrites them.
-        overwrites = learns and self._tracks_usage and self.ema_update == "forward" and torch.is_grad_enabled()
-        codebook = self.codebook.detach() if freeze else self.codebook
-        codebook = keep(codebook) if overwrites else codebook
+        codebook = self._looked_up(seen, freeze)
         codes = unit(codebook) if self.metric == "cosine" else codebook
         metric = "dot" if self.metric == "cosine" else self.metric
         result = quantize_with_statistics(
@@ -196,8 +199,8 @@ class VectorQuantizer(TrainedCodebook):
             precision=self.precision,
             channel_dim=rows.channel_dim,
             backend=self.backend,
-            statistics=counts,
-            indices=self._sampled(rows, codes, metric) if counts and self.temperature is not None else None,
+            statistics=learns is not None,
+            indices=None if freeze or seen is None or seen.steps is None else self._sampled(rows, codes, metric, seen),
         )
         loss = self.beta * result.commitment_loss
         if self.ema_decay is None:
@@ -205,11 +208,10 @@ class VectorQuantizer(TrainedCodebook):
         if self.training and self.entropy_weight is not None:
             options = (self.entropy_weight, self.entropy_gamma, self.entropy_temperature, self.backend)
             loss = loss + entropy_penalty(rows, codes, metric, *options)
-        if learns:
-            self.learn(result.counts.view(self.counts.shape), result.sums.view(self.codebook.shape), rows)
-        elif counts:
-            self.counts.copy_(result.counts.view(self.counts.shape))
-        quantized = self._restore(result.quantized, z, mask, heads)
+        if learns is not None:
+            counts, sums = result.counts.view(self.counts.shape), result.sums.view(self.codebook.shape)
+            self.learn(learns, counts, sums, rows)
+        quantized, loss = self._reached(self._restore(result.quantized, z, mask, heads), loss, freeze)
         return quantized, heads.join_indices(result.indices), loss
 
     def _rows(self, z: Tensor, mask: Tensor | None, heads: Heads) -> Rows:
@@ -220,21 +222,21 @@ class VectorQuantizer(TrainedCodebook):
         rows = heads.split(project(self.project_in, z, heads.channel_dim), mask)
         return rows._replace(values=unit(rows.values, rows.channel_dim)) if self.metric == "cosine" else rows
 
-    def _sampled(self, rows: Rows, codes: Tensor, metric: str) -> Tensor:
+    def _sampled(self, rows: Rows, codes: Tensor, metric: str, seen: Seen) -> Tensor:
         """Codes drawn for the rows; other draws in every step and on every rank."""
-        assert self.temperature is not None
+        assert self.temperature is not None and seen.steps is not None
         indices = sample_code(
             rows.values,
             codes,
             temperature=self.temperature,
-            seed=step_key(self.seed, self.sample_steps),
+            seed=step_key(self.seed, seen.steps),
             mask=rows.mask,
             metric=metric,
             channel_dim=rows.channel_dim,
-            row_offset=rank() << 40,
+            row_offset=global_rank() << 40,
             backend=self.backend,
         )
-        self.sample_steps.add_(1)
+        advance(self.sample_steps, seen.again)
         return indices
 
     def _restore(self, quantized: Tensor, z: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:

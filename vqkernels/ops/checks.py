@@ -86,6 +86,20 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as the operators want it: 0-d int64 on the device. An int is put there; a tensor is not read."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int, or a 0-d int64 tensor on z's device {device}, got {seed.dtype} of shape "
+                f"{_shape(seed)} on {seed.device}"
+            )
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
 def row_shape(z: Tensor, channel_dim: int) -> tuple[int, ...]:
     """z's shape without the channel axis."""
     return (*z.shape[:channel_dim], *z.shape[channel_dim + 1 :])

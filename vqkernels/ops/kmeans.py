@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import counter, registry
-from .checks import METRICS, check_choice, check_mask, check_rows
+from .checks import METRICS, check_choice, check_mask, check_rows, seed_tensor
 from .merging import merge_clusters
 from .nearest import nearest
 from .registration import Operation
@@ -33,14 +33,14 @@ def cluster(
     channel_dim: int,
     metric: str,
     iterations: int,
-    seed: int,
+    seed: Tensor,
     batched: bool,
 ) -> tuple[Tensor, Tensor]:
     """`kmeans` for one backend: codebook `(heads, K, D)` float32 and distinct `(heads,)` int64, without checks."""
     z = z.movedim(channel_dim, -1)
     z, mask = (z, mask) if batched else (z[None], None if mask is None else mask[None])
     heads, seeds = z.shape[0], torch.arange(z.shape[0], device=z.device)
-    seeds = counter.row_keys(torch.full((), seed, dtype=torch.int64, device=z.device), 0, seeds)
+    seeds = counter.row_keys(seed, 0, seeds)
     codebook = torch.empty(heads, codebook_size, z.shape[-1], dtype=torch.float32, device=z.device)
     distinct = torch.empty(heads, dtype=torch.int64, device=z.device)
     for head in range(heads):
@@ -156,7 +156,7 @@ def _fake(
     channel_dim: int,
     metric: str,
     iterations: int,
-    seed: int,
+    seed: Tensor,
     batched: bool,
 ) -> tuple[Tensor, Tensor]:
     heads = z.shape[0] if batched else 1
@@ -166,7 +166,7 @@ def _fake(
 
 kmeans_init = Operation(
     "kmeans_init",
-    "(Tensor z, SymInt codebook_size, Tensor? mask, int channel_dim, str metric, int iterations, SymInt seed,"
+    "(Tensor z, SymInt codebook_size, Tensor? mask, int channel_dim, str metric, int iterations, Tensor seed,"
     " bool batched) -> (Tensor codebook, Tensor distinct)",
     _fake,
     partial(cluster, "eager"),
@@ -180,7 +180,7 @@ def kmeans(
     codebook_size: int,
     *,
     iterations: int = 10,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     mask: Tensor | None = None,
     channel_dim: int = -1,
     batched: bool = False,
@@ -196,7 +196,8 @@ def kmeans(
         z: `(..., D)`, or any layout whose channel axis is `channel_dim`; float32, bfloat16, float16 or float64.
         codebook_size: K.
         iterations: of Lloyd at most; they end where no row changes its code. 0 gives the merged seeds.
-        seed: the result is a function of it and of the rows alone, bit for bit on one backend.
+        seed: an int, or a 0-d int64 tensor on z's device. The result is a function of it and of the rows alone, bit for
+            bit on one backend.
         mask: bool, z's shape without channels; rows where it is False are not read.
         batched: axis 0 of z and mask is the head, each with a codebook of its own.
         backend: as in `nearest_code`.
@@ -222,10 +223,9 @@ def kmeans(
         raise ValueError(f"codebook_size must be a positive int, got {codebook_size!r}")
     if not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations must be an int of at least 0, got {iterations!r}")
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
     if not isinstance(z, Tensor) or z.dim() < 1 + batched:
         raise TypeError(f"z must be a tensor of at least {1 + batched} dimensions")
+    seed = seed_tensor(seed, z.device)
     if not -z.dim() <= channel_dim < z.dim():
         limits = f"[-{z.dim()}, {z.dim() - 1}]"
         raise ValueError(f"channel_dim must be in {limits} for z of {z.dim()} axes, got {channel_dim}")

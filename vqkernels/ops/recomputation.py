@@ -170,6 +170,7 @@ def advance(steps: Tensor, again: bool | Tensor) -> None:
         steps.add_(1)
 
 
+@torch.no_grad()
 def change(allowed: bool | Tensor, state: list[Tensor], write: Callable[[], None]) -> None:
     """Runs `write()`, which changes `state` in place, where that is allowed: decided on the device while compiling."""
     if isinstance(allowed, bool):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import registry, sampling
-from .checks import METRICS, check_choice, check_mask, check_rows, row_shape
+from .checks import METRICS, check_choice, check_mask, check_rows, row_shape, seed_tensor
 from .nearest import nearest
 from .registration import Operation
 
@@ -78,16 +78,7 @@ def sample_code(
     check_mask(mask, z, channel_dim)
     if not isinstance(temperature, float | int) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}")
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != z.device:
-            raise ValueError(
-                f"seed must be an int, or a 0-d int64 tensor on z's device {z.device}, got {seed.dtype} of shape "
-                f"{list(seed.shape)} on {seed.device}"
-            )
-    elif isinstance(seed, int):
-        seed = torch.full((), seed, dtype=torch.int64, device=z.device)
-    else:
-        raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    seed = seed_tensor(seed, z.device)
     chosen = registry.resolve(backend, z.device, "sample")
     z, codebook = z.detach(), codebook.detach()
     if temperature == 0:

@@ -106,7 +106,11 @@ class Codebook(nn.Module):
         joined = self.synced and self.sync_kmeans
         if rows.number == 0 and not joined:
             return  # the next batch may have rows
-        sample = sample_rows(rows, self.codebook_size, 0) if joined else rows
+        sample = (
+            sample_rows(rows, self.codebook_size, torch.zeros((), dtype=torch.int64, device=rows.values.device))
+            if joined
+            else rows
+        )
         codes, _ = kmeans(
             sample.values,
             self.codebook_size,
@@ -197,7 +201,7 @@ class Codebook(nn.Module):
         if dead.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(dead.any()):
             return
         size = self.codebook_size
-        draws = hashed(0, draw, 2 * size + 1)
+        draws = hashed(draw, torch.zeros_like(draw), 2 * size + 1)
         if rows_of_ranks is None:
             candidates = draw_candidates(rows, draws)
         else:
