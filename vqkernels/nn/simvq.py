@@ -10,6 +10,7 @@ from . import metrics
 from .checks import check_channels, check_int, check_number, check_size
 from .lookup import check_indices, look_up
 from .masks import row_mask
+from .projection import project_codes
 
 
 class SimVQ(nn.Module):
@@ -68,7 +69,7 @@ class SimVQ(nn.Module):
     @property
     def codes(self) -> Tensor:
         """The vectors that are looked up, `(K, dim)`, with their gradient to the transform."""
-        return self.transform(self.basis.to(self.transform.weight.dtype))
+        return project_codes(self.transform, self.basis)
 
     def forward(
         self, z: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None
@@ -91,7 +92,7 @@ class SimVQ(nn.Module):
 
     def decode(self, indices: Tensor, *, check: bool = True) -> Tensor:
         """Codes of `indices`, laid out like z; as `VectorQuantizer.decode`."""
-        check_indices(indices, self.codebook_size, 1, check)
+        indices = check_indices(indices, self.codebook_size, 1, check)
         return look_up(self.codes, indices).movedim(-1, self.channel_dim)
 
     @property
