@@ -1,4 +1,6 @@
-"""The operators of a layer in eval mode in plain PyTorch without loops over rows: what an exporter can translate.
+"""The operators of a layer in eval mode in plain PyTorch without loops over rows: what exporters can translate.
+
+The exporter of `torch.onnx.export(dynamo=False)` knows fewer operators and no `movedim` from a negative axis.
 
 The search becomes one float64 product and an argmin over an N x K matrix: the contract's index unless two codes are
 equally near up to about 1e-15 of the scores, and the lowest index among equals. Statistics belong to training and are
@@ -36,7 +38,7 @@ def quantize(
     else:
         codes = codebook[chosen]
     kept = (indices >= 0).unsqueeze(-1)
-    quantized = torch.where(kept, codes, 0.0).to(z.dtype).movedim(-1, channel_dim)
+    quantized = torch.where(kept, codes, 0.0).to(z.dtype).movedim(z.dim() - 1, channel_dim)
     difference = torch.where(kept, rows.to(torch.float64) - codes.to(torch.float64), 0.0)
     infinite = torch.where(kept, rows.to(torch.float64) * 0.0, 0.0)  # NaN where a row is not finite, as the loss is
     error = (difference.square() + infinite).sum()
@@ -72,7 +74,7 @@ def residual_quantize(
         total = torch.where(kept, codes.to(total.dtype) if q == 0 else total + codes, total)
         rest = torch.where(kept, difference.to(rest.dtype), rest)
         indices.append(index)
-    quantized = total.to(z.dtype).view(rows.shape).movedim(-1, channel_dim)
+    quantized = total.to(z.dtype).view(rows.shape).movedim(z.dim() - 1, channel_dim)
     stacked = torch.stack(indices, -1).view(*rows.shape[:-1], stack.shape[1])
     return quantized, stacked, torch.stack(errors, -1), stacked.new_zeros(0), codebooks.new_zeros(0)
 
@@ -85,8 +87,8 @@ def _search(rows: Tensor, codebook: Tensor, mask: Tensor | None, metric: str) ->
     square = codes.square().sum(-1)
     # One product per head; flattened, because leading axes of rows are not those of the codes.
     heads = codes if codebook.dim() == 3 else codes.unsqueeze(0)
-    flat = wide.reshape(len(heads), -1, rows.shape[-1])
-    score, square, usable = -(flat @ heads.mT), square.view(len(heads), 1, -1), usable.view(len(heads), 1, -1)
+    square, usable = square.view(heads.shape[0], 1, -1), usable.view(heads.shape[0], 1, -1)
+    score = -(wide.reshape(heads.shape[0], -1, rows.shape[-1]) @ heads.transpose(1, 2))
     if metric == "euclidean":
         score = score + square / 2
     if metric == "cosine":

@@ -59,7 +59,7 @@ def look_up(codes: Tensor, indices: Tensor) -> Tensor:
     size = codes.shape[-2]
     inside = indices.clamp(0, size - 1)
     if codes.dim() == 3:
-        found = codes[torch.arange(len(codes), device=indices.device), inside]
+        found = codes[torch.arange(codes.shape[0], device=indices.device), inside]
     else:
         found = codes[inside]
     found = torch.where((indices < 0).unsqueeze(-1), 0.0, found)

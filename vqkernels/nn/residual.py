@@ -16,7 +16,7 @@ from .initialisation import initial_stack
 from .keep import keep
 from .lookup import check_stack_indices, sum_codes
 from .masks import row_levels, row_mask, zero_masked
-from .projection import project, project_codes
+from .projection import channels_at, project, project_codes
 from .residuals import residual_candidates
 from .revival import Candidates
 
@@ -263,7 +263,7 @@ class ResidualVectorQuantizer(TrainedCodebook):
             none = (indices == -1).all(-1)
             none = none.all(-1) if self.groups > 1 else none
             codes = zero_masked(project_codes(self.project_out, codes), ~none, -1)
-        return codes.movedim(-1, self.channel_dim)
+        return channels_at(codes, self.channel_dim)
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, {self.codebook_size}, levels={self.levels}", f"beta={self.beta}"]

@@ -10,7 +10,7 @@ from . import metrics
 from .checks import check_channels, check_int, check_number, check_size
 from .lookup import check_indices, look_up
 from .masks import row_mask
-from .projection import project_codes
+from .projection import channels_at, project_codes
 
 
 class SimVQ(nn.Module):
@@ -93,7 +93,7 @@ class SimVQ(nn.Module):
     def decode(self, indices: Tensor, *, check: bool = True) -> Tensor:
         """Codes of `indices`, laid out like z; as `VectorQuantizer.decode`."""
         indices = check_indices(indices, self.codebook_size, 1, check)
-        return look_up(self.codes, indices).movedim(-1, self.channel_dim)
+        return channels_at(look_up(self.codes, indices), self.channel_dim)
 
     @property
     def perplexity(self) -> Tensor:

@@ -24,7 +24,7 @@ from .keep import keep
 from .lookup import check_indices, look_up
 from .masks import row_mask, zero_masked
 from .normalisation import unit
-from .projection import project, project_codes
+from .projection import channels_at, project, project_codes
 from .synchronisation import rank
 
 
@@ -260,7 +260,7 @@ class VectorQuantizer(TrainedCodebook):
             masked = (indices == -1).all(-1) if self.heads > 1 else indices == -1
             codes = project_codes(self.project_out, codes)
             codes = zero_masked(codes, ~masked, -1)
-        return codes.movedim(-1, self.channel_dim)
+        return channels_at(codes, self.channel_dim)
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, {self.codebook_size}", f"beta={self.beta}"]

@@ -11,10 +11,11 @@ from .snapshot import snapshot
 def is_differentiated(z: Tensor, codebook: Tensor) -> bool:
     """Whether a gradient can reach an input. Where none can, an operator is called without its autograd Function.
 
-    A Function cannot be written into a TorchScript or ONNX graph, so that none is taken while tracing: a traced layer is
-    for inference.
+    A graph that TorchScript traces or `torch.export` makes is for inference, and cannot hold a Function.
     """
-    return (z.requires_grad or codebook.requires_grad) and torch.is_grad_enabled() and not torch.jit.is_tracing()
+    if not (z.requires_grad or codebook.requires_grad) or not torch.is_grad_enabled():
+        return False
+    return not torch.jit.is_tracing() and not torch.compiler.is_exporting()
 
 
 def kept_indices(indices: Tensor) -> Tensor:

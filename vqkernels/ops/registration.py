@@ -8,6 +8,7 @@ runs has each of them under a name of its own as well, `vqkernels::X_eager`, whi
 An ONNX exporter gets neither: it is given the operation in plain PyTorch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ class Operation:
         """`kernel`: `vqkernels::X` on every device, for an operation that is built from other operators' kernels;
         `cuda` the same for `vqkernels::X.cuda`. `plain`: what exporters get, for an operation of layers in eval mode.
         """
-        self._name, self._plain = name, plain
+        self._plain = plain
         cuda = CUDA_OPERATORS.get(name, cuda)
         self.kernel = _define(name, arguments, fake, kernel)
         self.eager = _define(f"{name}.eager", arguments, fake, eager)
@@ -53,7 +54,7 @@ class Operation:
         tracing = torch.jit.is_tracing()
         if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
             if self._plain is None:
-                raise RuntimeError(f"ONNX has nothing for vqkernels::{self._name}: export the model in eval mode")
+                raise RuntimeError(f"ONNX has nothing for {self.kernel}: export the model in eval mode")
             return self._plain(*arguments)
         if tracing and backend in self._traced:
             return self._traced[backend](*arguments)
@@ -67,12 +68,27 @@ def _define(
 ) -> torch._ops.OpOverload:
     """One operator or overload, on every device where there is an implementation."""
     _library.define(f"{name}{arguments}", tags=(torch.Tag.needs_exact_strides,))
-    torch.library.register_fake(f"vqkernels::{name}", fake, lib=_library)
+    torch.library.register_fake(f"vqkernels::{name}", _outside_onnx(name, fake), lib=_library)
     if implementation is not None:
         _library.impl(name, implementation, "CompositeExplicitAutograd")
     _library.impl(name, _refuse_vmap, "FuncTorchBatched")
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.vqkernels, packet), overload or "default")
+
+
+def _outside_onnx(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake kernel, which says what to do where an exporter for ONNX meets the operator itself."""
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"ONNX has nothing for vqkernels::{name}: give torch.onnx.export the model in eval mode, or the program "
+                "after .run_decompositions(vqkernels.nn.export.decompositions())"
+            )
+        return fake(*arguments)
+
+    return checked
 
 
 def _refuse_vmap(*_: Any) -> None:

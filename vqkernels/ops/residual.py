@@ -201,7 +201,7 @@ def residual_quantize_with_statistics(
     check_choice("gradient", gradient, GRADIENTS)
     check_choice("precision", precision, PRECISIONS)
     stacked = isinstance(codebooks, Tensor) and codebooks.dim() in (3, 4)
-    if not stacked or (codebooks.shape[-3] == 0 and not torch.jit.is_tracing()):
+    if not stacked or (not torch.jit.is_tracing() and codebooks.shape[-3] == 0):
         got = list(codebooks.shape) if isinstance(codebooks, Tensor) else type(codebooks).__name__
         raise ValueError(f"codebooks must be (Q, K, D) of at least one level, or (H, Q, K, D) with heads, got {got}")
     channel_dim = check_rows(z, codebooks[..., 0, :, :], channel_dim)
