@@ -48,13 +48,13 @@ ScalarType result_type(const Tensor& z, const Tensor& codebook) {
 // size) float32, or float64 where an input is. log_partition is in units of log 2, without the row's own constant.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> entropy_cpu(const Tensor& z_in, const Tensor& codebook_in,
                                                                std::optional<Tensor> mask, int64_t channel_dim,
-                                                               std::string metric, double temperature) {
+                                                               std::string metric, const Tensor& temperature_in) {
   const bool batched = is_batched(codebook_in);
   const Tensor z = mergeable(z_in, channel_dim, batched), codebook = torch::stable::contiguous(codebook_in);
   if (mask) mask = torch::stable::contiguous(*mask);
   const Layout layout = layout_of(z, channel_dim, batched);
   check_search(layout, codebook, mask);
-  STD_TORCH_CHECK(temperature > 0.0, "temperature must be positive");
+  const double temperature = temperature_of(temperature_in);
   const int64_t rows = layout.rows(), size = codebook.size(codebook.dim() - 2);
   const ScalarType type = result_type(z, codebook);
   Tensor sample = torch::stable::empty({layout.heads}, ScalarType::Double);
@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor> entropy_backward_cpu(const Tensor& grad_sample_in, co
                                                 const Tensor& z_in, const Tensor& codebook_in,
                                                 std::optional<Tensor> mask, const Tensor& row_entropy_in,
                                                 const Tensor& log_partition_in, const Tensor& mean_in,
-                                                int64_t channel_dim, std::string metric, double temperature,
-                                                bool codebook_gradient) {
+                                                int64_t channel_dim, std::string metric,
+                                                const Tensor& temperature_in, bool codebook_gradient) {
   const bool batched = is_batched(codebook_in);
   const Tensor z = mergeable(z_in, channel_dim, batched), codebook = torch::stable::contiguous(codebook_in);
   if (mask) mask = torch::stable::contiguous(*mask);
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> entropy_backward_cpu(const Tensor& grad_sample_in, co
   const Tensor mean = torch::stable::contiguous(mean_in);
   const int64_t rows = layout.rows(), size = codebook.size(codebook.dim() - 2);
   const ScalarType type = result_type(z, codebook);
-  STD_TORCH_CHECK(temperature > 0.0, "temperature must be positive");
+  const double temperature = temperature_of(temperature_in);
   for (const Tensor& x : {grad_sample, grad_whole})
     STD_TORCH_CHECK(x.numel() == layout.heads &&
                         (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double),

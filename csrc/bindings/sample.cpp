@@ -9,14 +9,14 @@ namespace vqkernels {
 // -> indices int64 of z's shape without channels. seed is a 0-d int64; the r-th row of a head, in row-major order, has the
 // number row_offset + r.
 Tensor sample_cpu(const Tensor& z_in, const Tensor& codebook_in, const Tensor& seed, std::optional<Tensor> mask,
-                  int64_t channel_dim, std::string metric, double temperature, int64_t row_offset) {
+                  int64_t channel_dim, std::string metric, const Tensor& temperature_in, int64_t row_offset) {
   const bool batched = is_batched(codebook_in);
   const Tensor z = mergeable(z_in, channel_dim, batched), codebook = torch::stable::contiguous(codebook_in);
   if (mask) mask = torch::stable::contiguous(*mask);
   const Layout layout = layout_of(z, channel_dim, batched);
   check_search(layout, codebook, mask);
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64");
-  STD_TORCH_CHECK(temperature > 0.0, "temperature must be positive");
+  const double temperature = temperature_of(temperature_in);
   const int64_t rows = layout.rows(), panels = (rows + kSampleRows - 1) / kSampleRows;
   Tensor indices = torch::stable::empty(row_sizes(z, channel_dim), ScalarType::Long);
   for (int64_t head = 0; head < (rows > 0 ? layout.heads : 0); ++head) {

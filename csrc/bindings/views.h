@@ -48,6 +48,15 @@ inline Gradient gradient_of(const std::string& name) {
   return Gradient::rotation;
 }
 
+// A temperature is an operand, so that one compiled graph serves all values.
+inline double temperature_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.numel() == 1 && tensor.is_cpu(),
+                  "temperature must be a 0-d float64 tensor on the CPU");
+  const double temperature = *static_cast<const double*>(tensor.const_data_ptr());
+  STD_TORCH_CHECK(temperature > 0.0, "temperature must be positive");
+  return temperature;
+}
+
 inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // A tensor of rows in canonical form: (head, batch, position, channel) by four strides.

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from ops.entropy_gradients import WEIGHTS, close, gradients
+from ops.entropy_gradients import WEIGHTS, close, gradients, scalar
 
 import vqkernels as vq
 from vqkernels import reference
@@ -35,7 +35,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(cpu_kernels):
     """Whatever panel, tile and lane a row falls into; codes come in another order, so its sums may be rounded anew."""
     z, codebook = torch.randn(200, 7), torch.randn(90, 7)
     raw = torch.ops.vqkernels.entropy.default
-    whole, shifted = (raw(x, codebook, None, 1, "euclidean", 0.5)[2] for x in (z, z[13:]))
+    whole, shifted = (raw(x, codebook, None, 1, "euclidean", scalar(0.5))[2] for x in (z, z[13:]))
     assert whole[:, 13:].equal(shifted)
 
 

@@ -14,6 +14,11 @@ def gradients(function, z, codebook, temperature, weights, **options):
     return torch.autograd.grad(found, (z, codebook), incoming)
 
 
+def scalar(value):
+    """A temperature as the operators take it."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def double(x):
     return x.double()
 

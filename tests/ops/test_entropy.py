@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.entropy_gradients import WEIGHTS, close, double, gradients, plain
+from ops.entropy_gradients import WEIGHTS, close, double, gradients, plain, scalar
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,7 +130,7 @@ def test_a_bad_row_makes_the_entropies_nan_and_touches_nothing_else(bad, backend
     torch.testing.assert_close(found[1], clean[1])
     name = "default" if backend == "cpu" else "eager"
     raw = getattr(torch.ops.vqkernels.entropy, name)
-    arguments = (1, "euclidean", 1.0)
+    arguments = (1, "euclidean", scalar(1.0))
     assert raw(broken, codebook, None, *arguments)[4].equal(raw(z, codebook, keep, *arguments)[4])
     heads = torch.stack([broken, z]), torch.stack([codebook, codebook])
     both = vq.entropy_loss(*heads, 1.0, backend=backend)
@@ -224,13 +224,13 @@ def test_opcheck(overload, cpu_kernels):
     forward = getattr(torch.ops.vqkernels.entropy, overload)
     backward = getattr(torch.ops.vqkernels.entropy_backward, overload)
     for x in (z, z.to(memory_format=torch.channels_last), z.transpose(0, 2).contiguous().transpose(0, 2)):
-        opcheck(forward, (x, codebook, mask, 1, "euclidean", 1.0))
+        opcheck(forward, (x, codebook, mask, 1, "euclidean", scalar(1.0)))
     heads = torch.randn(2, 7, 6).double()
-    opcheck(forward, (z, heads, mask, 1, "dot", 0.5))
+    opcheck(forward, (z, heads, mask, 1, "dot", scalar(0.5)))
     for codes, metric, wanted in ((codebook, "euclidean", True), (heads, "dot", True), (codebook, "dot", False)):
-        sample, whole, *kept = forward(z, codes, mask, 1, metric, 1.0)
+        sample, whole, *kept = forward(z, codes, mask, 1, metric, scalar(1.0))
         incoming = torch.ones_like(sample), torch.ones_like(whole)
-        opcheck(backward, (*incoming, z, codes, mask, *kept, 1, metric, 1.0, wanted))
+        opcheck(backward, (*incoming, z, codes, mask, *kept, 1, metric, scalar(1.0), wanted))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -284,8 +284,8 @@ class Watch(TorchDispatchMode):
 def test_the_fallback_builds_no_matrix_and_waits_for_nothing():
     z, codebook, mask = torch.randn(20_000, 2), torch.randn(1024, 2), torch.rand(20_000) < 0.5
     with Watch() as watch:
-        sample, whole, *kept = eager_entropy.entropy(z, codebook, mask, 1, "euclidean", 1.0)
-        eager_entropy.entropy_backward(sample, whole, z, codebook, mask, *kept, 1, "euclidean", 1.0, True)
+        sample, whole, *kept = eager_entropy.entropy(z, codebook, mask, 1, "euclidean", scalar(1.0))
+        eager_entropy.entropy_backward(sample, whole, z, codebook, mask, *kept, 1, "euclidean", scalar(1.0), True)
     assert watch.waits == [] and watch.elements <= 2 * 1024 * 1024 < 20_000 * 1024 / 8
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops.entropy_gradients import scalar
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -229,7 +230,7 @@ class Watch(TorchDispatchMode):
 def test_the_fallback_builds_no_matrix_and_waits_for_nothing():
     z, codebook, seed = torch.randn(20_000, 2), torch.randn(1024, 2), torch.tensor(3)
     with Watch() as watch:
-        sampling.sample(z, codebook, seed, torch.rand(20_000) < 0.5, 1, "euclidean", 1.0, 0)
+        sampling.sample(z, codebook, seed, torch.rand(20_000) < 0.5, 1, "euclidean", scalar(1.0), 0)
     assert watch.waits == [] and watch.elements <= 2 * 1024 * 1024 < 20_000 * 1024 / 8
 
 
@@ -238,8 +239,8 @@ def test_opcheck(overload, cpu_kernels):
     z, codebook, mask, seed = torch.randn(2, 6, 5, 3), torch.randn(9, 6), torch.rand(2, 5, 3) < 0.8, torch.tensor(4)
     operator = getattr(torch.ops.vqkernels.sample, overload)
     for x in (z, z.to(memory_format=torch.channels_last), z.transpose(0, 2).contiguous().transpose(0, 2)):
-        opcheck(operator, (x, codebook, seed, mask, 1, "euclidean", 1.0, 3))
-    opcheck(operator, (z, torch.randn(2, 7, 6), seed, None, 1, "cosine", 0.5, 0))
+        opcheck(operator, (x, codebook, seed, mask, 1, "euclidean", scalar(1.0), 3))
+    opcheck(operator, (z, torch.randn(2, 7, 6), seed, None, 1, "cosine", scalar(0.5), 0))
 
 
 def test_compiles_whole_and_a_new_seed_does_not_recompile(backend):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .eager import product_is_float32, without_autocast
 from .layout import empty_rows, layout_of
+from .temperature import host_temperature
 
 _BLOCK_ELEMENTS = 1 << 20  # logits in a block: 4 MB of float32
 
@@ -29,9 +30,10 @@ class _Codes(NamedTuple):
 
 
 def entropy(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, temperature: float
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both entropies, and what the backward pass reads; see `vqkernels.ops.entropy`."""
+    divisor = host_temperature(temperature)
     rows, counted, finite = _rows(z, codebook, mask, channel_dim)
     codebooks = codebook if codebook.dim() == 3 else codebook[None]
     heads, number, size = rows.shape[0], rows.shape[1], codebooks.shape[1]
@@ -40,7 +42,7 @@ def entropy(
     partitions = torch.zeros(heads, number, dtype=out, device=z.device)
     means = torch.zeros(heads, size, dtype=torch.float64, device=z.device)
     for head in range(heads):
-        codes, step = _codes(codebooks[head], metric, temperature, z), max(1, _BLOCK_ELEMENTS // size)
+        codes, step = _codes(codebooks[head], metric, divisor, z), max(1, _BLOCK_ELEMENTS // size)
         for start in range(0, number, step):
             block = slice(start, start + step)
             kept = counted[head, block, None]
@@ -69,7 +71,7 @@ def entropy_backward(
     mean_assignment: Tensor,
     channel_dim: int,
     metric: str,
-    temperature: float,
+    temperature: Tensor,
     codebook_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and of the codebook; see `vqkernels.ops.entropy`.
@@ -77,6 +79,7 @@ def entropy_backward(
     With w_ij = -grad_sample log p_ij - grad_codebook_entropy log m_j, the gradient of logit (i, j) is
     p_ij (w_ij - sum_k p_ik w_ik) over the number of rows.
     """
+    divisor = host_temperature(temperature)
     rows, counted, finite = _rows(z, codebook, mask, channel_dim)
     codebooks = codebook if codebook.dim() == 3 else codebook[None]
     heads, number, size = rows.shape[0], rows.shape[1], codebooks.shape[1]
@@ -84,7 +87,7 @@ def entropy_backward(
     grad_codes = torch.zeros(codebooks.shape, dtype=torch.float64, device=z.device)
     count = counted.sum(1).clamp_min(1)
     for head in range(heads):
-        codes, step = _codes(codebooks[head], metric, temperature, z), max(1, _BLOCK_ELEMENTS // size)
+        codes, step = _codes(codebooks[head], metric, divisor, z), max(1, _BLOCK_ELEMENTS // size)
         work = codes.centred.dtype
         mean = mean_assignment[head].to(work)
         log_mean = torch.where(mean > 0, mean, 1.0).log()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..reference import code_norms
 from . import counter
 from .layout import layout_of
+from .temperature import host_temperature
 
 _BLOCK_ELEMENTS = 1 << 21  # scores alive at once: 16 MB of float64
 
@@ -22,12 +23,11 @@ def sample(
     mask: Tensor | None,
     channel_dim: int,
     metric: str,
-    temperature: float,
+    temperature: Tensor,
     row_offset: int,
 ) -> Tensor:
     """Indices of z's shape without channels; see `vqkernels.ops.sample`."""
-    if not temperature > 0:
-        raise RuntimeError("temperature must be positive")
+    divisor = host_temperature(temperature)
     layout = layout_of(z, channel_dim, codebook.dim() == 3)
     rows, codes = layout.rows(z), codebook if codebook.dim() == 3 else codebook[None]
     kept = None if mask is None else layout.per_row(mask)
@@ -39,7 +39,7 @@ def sample(
         keys = counter.row_keys(seed, head, numbers)
         target, usable = _targets(codes[head].to(torch.float64), metric)
         parts = [
-            _sample(block, target, usable, key, metric, temperature)
+            _sample(block, target, usable, key, metric, divisor)
             for block, key in zip(flat.split(step), keys.split(step), strict=True)
         ]
         found = torch.cat(parts) if len(flat) else indices.new_empty(0)

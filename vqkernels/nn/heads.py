@@ -41,7 +41,9 @@ class Heads(NamedTuple):
         """z, and a mask of its shape without channels, as rows for the operators."""
         if self.number == 1:
             return Rows(z, mask, self.channel_dim, False)
-        z = z.unflatten(self.channel_dim, (self.number, -1))
+        sizes = z.shape  # a view of these, and no unflatten: torch.onnx.export(dynamo=False) fixes what that gives
+        channels = sizes[self.channel_dim] // self.number
+        z = z.view(*sizes[: self.channel_dim], self.number, channels, *sizes[self.channel_dim + 1 :])
         axis = 0 if self.separate else self.channel_dim
         if mask is not None:
             mask = mask.unsqueeze(axis)

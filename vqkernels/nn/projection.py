@@ -3,6 +3,23 @@
 from torch import Tensor, nn
 
 
-def project(linear: nn.Linear | None, x: Tensor, channel_dim: int) -> Tensor:
+def project(linear: nn.Module | None, x: Tensor, channel_dim: int) -> Tensor:
     """Applies `linear` along `channel_dim` of x; without one, x itself."""
-    return x if linear is None else linear(x.movedim(channel_dim, -1)).movedim(-1, channel_dim)
+    return x if linear is None else channels_at(linear(x.movedim(channel_dim, -1)), channel_dim)
+
+
+def channels_at(x: Tensor, channel_dim: int) -> Tensor:
+    """x `(..., D)` with its channels moved to `channel_dim`; exporters for ONNX want the axis counted from the front."""
+    return x.movedim(x.dim() - 1, channel_dim)
+
+
+def project_codes(linear: nn.Module, codes: Tensor, channel_dim: int = -1) -> Tensor:
+    """Applies `linear` along `channel_dim` of codes, which have a dtype of their own.
+
+    They are cast to the dtype of the weight. A quantized Linear takes float32 as it comes: its weight is no floating
+    tensor, or is a method.
+    """
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        codes = codes.to(weight.dtype)
+    return project(linear, codes, channel_dim)

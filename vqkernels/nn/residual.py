@@ -26,7 +26,7 @@ from .heads import Heads, Rows
 from .initialisation import initial_stack
 from .lookup import check_stack_indices, sum_codes
 from .masks import row_levels, row_mask, zero_masked
-from .projection import project
+from .projection import channels_at, project, project_codes
 from .residuals import residual_candidates
 from .revival import Candidates
 
@@ -254,7 +254,7 @@ class ResidualVectorQuantizer(TrainedCodebook):
         """Quantized rows -> z's shape and dtype."""
         quantized = heads.join(quantized)
         if self.project_out is not None:
-            quantized = project(self.project_out, quantized.to(self.project_out.weight.dtype), heads.channel_dim)
+            quantized = project_codes(self.project_out, quantized, heads.channel_dim)
             quantized = zero_masked(quantized, mask, heads.channel_dim)
         return quantized.to(z.dtype)
 
@@ -262,19 +262,19 @@ class ResidualVectorQuantizer(TrainedCodebook):
         """What `forward` gives for `indices`, laid out like z; -1 adds nothing.
 
         Args:
-            indices: int64 or int32 in [-1, codebook_size), shaped as `forward` returns them; the last axis may hold
-                fewer levels than Q, the first ones, for a lower bit rate.
+            indices: of any integer dtype, in [-1, codebook_size), shaped as `forward` returns them; the last axis may
+                hold fewer levels than Q, the first ones, for a lower bit rate.
             check: as in `VectorQuantizer.decode`.
         """
-        check_stack_indices(indices, self.codebook_size, self.groups, self.levels, check)
+        indices = check_stack_indices(indices, self.codebook_size, self.groups, self.levels, check)
         stack = self._stack(self.codebook)
         codes = sum_codes(stack, indices)
         codes = codes.flatten(-2) if self.groups > 1 else codes
         if self.project_out is not None:
             none = (indices == -1).all(-1)
             none = none.all(-1) if self.groups > 1 else none
-            codes = zero_masked(self.project_out(codes.to(self.project_out.weight.dtype)), ~none, -1)
-        return codes.movedim(-1, self.channel_dim)
+            codes = zero_masked(project_codes(self.project_out, codes), ~none, -1)
+        return channels_at(codes, self.channel_dim)
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, {self.codebook_size}, levels={self.levels}", f"beta={self.beta}"]

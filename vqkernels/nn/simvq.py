@@ -13,6 +13,7 @@ from . import metrics
 from .checks import check_channels, check_int, check_number, check_size
 from .lookup import check_indices, look_up
 from .masks import row_mask
+from .projection import channels_at, project_codes
 from .synchronisation import Ranks
 
 
@@ -75,7 +76,7 @@ class SimVQ(nn.Module):
     @property
     def codes(self) -> Tensor:
         """The vectors that are looked up, `(K, dim)`, with their gradient to the transform."""
-        return self.transform(self.basis.to(self.transform.weight.dtype))
+        return project_codes(self.transform, self.basis)
 
     def forward(
         self, z: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None
@@ -103,8 +104,8 @@ class SimVQ(nn.Module):
 
     def decode(self, indices: Tensor, *, check: bool = True) -> Tensor:
         """Codes of `indices`, laid out like z; as `VectorQuantizer.decode`."""
-        check_indices(indices, self.codebook_size, 1, check)
-        return look_up(self.codes, indices).movedim(-1, self.channel_dim)
+        indices = check_indices(indices, self.codebook_size, 1, check)
+        return channels_at(look_up(self.codes, indices), self.channel_dim)
 
     @property
     def perplexity(self) -> Tensor:

@@ -26,7 +26,7 @@ from .heads import Heads, Rows
 from .lookup import check_indices, look_up
 from .masks import row_mask, zero_masked
 from .normalisation import unit
-from .projection import project
+from .projection import channels_at, project, project_codes
 from .synchronisation import global_rank
 
 
@@ -167,8 +167,8 @@ class VectorQuantizer(TrainedCodebook):
 
         Args:
             z: `(..., dim)`, or the layout named by `channel_dim`.
-            mask: bool, z's shape without channels; rows where it is False become zeros with index -1, count nowhere and
-                get gradient 0.
+            mask: bool or integers, z's shape without channels; rows where it is False or 0 become zeros with index -1,
+                count nowhere and get gradient 0.
             lengths: instead of a mask, int `(B,)`: element b of the batch keeps its first `lengths[b]` positions along
                 the first axis after the batch.
             freeze: leave codebook and statistics as they are, and give the codebook no gradient.
@@ -243,7 +243,7 @@ class VectorQuantizer(TrainedCodebook):
         """Quantized rows -> z's shape and dtype."""
         quantized = heads.join(quantized)
         if self.project_out is not None:
-            quantized = project(self.project_out, quantized.to(self.project_out.weight.dtype), heads.channel_dim)
+            quantized = project_codes(self.project_out, quantized, heads.channel_dim)
             quantized = zero_masked(quantized, mask, heads.channel_dim)
         return quantized.to(z.dtype)
 
@@ -251,18 +251,18 @@ class VectorQuantizer(TrainedCodebook):
         """What `forward` gives for `indices`, laid out like z; -1 becomes zeros.
 
         Args:
-            indices: int64 or int32 in [-1, codebook_size), shaped as `forward` returns them.
+            indices: of any integer dtype, in [-1, codebook_size), shaped as `forward` returns them.
             check: on a GPU, check the range at the price of one synchronisation. Without it, and always while
                 compiling, a row out of range becomes NaN. On the CPU the range is always checked.
         """
-        check_indices(indices, self.codebook_size, self.heads, check)
+        indices = check_indices(indices, self.codebook_size, self.heads, check)
         codes = look_up(self.codes, indices)
         codes = codes.flatten(-2) if self.heads > 1 else codes
         if self.project_out is not None:
             masked = (indices == -1).all(-1) if self.heads > 1 else indices == -1
-            codes = self.project_out(codes.to(self.project_out.weight.dtype))
+            codes = project_codes(self.project_out, codes)
             codes = zero_masked(codes, ~masked, -1)
-        return codes.movedim(-1, self.channel_dim)
+        return channels_at(codes, self.channel_dim)
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, {self.codebook_size}", f"beta={self.beta}"]

@@ -1,7 +1,14 @@
-"""The checks that every operation shares; bad input is one sentence: which argument, what was expected, what came."""
+"""The checks that every operation shares; bad input is one sentence: which argument, what was expected, what came.
+
+While TorchScript traces, a size is a tensor, and comparing it would write this call's size into the graph: shapes are
+not checked then.
+"""
+
+import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 METRICS = ("euclidean", "dot", "cosine")
@@ -16,6 +23,9 @@ def check_rows(z: Tensor, codebook: Tensor, channel_dim: int) -> int:
     for name, x in (("z", z), ("codebook", codebook)):
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        refuse_nested(name, x)
+        if _in_forward_mode():
+            _refuse_tangent(name, x)
     if codebook.device != z.device:
         raise ValueError(f"z and codebook must be on one device, got {z.device} and {codebook.device}")
     if codebook.dim() not in (2, 3):
@@ -29,6 +39,8 @@ def check_rows(z: Tensor, codebook: Tensor, channel_dim: int) -> int:
     channel_dim = channel_dim % z.dim()
     if batched and channel_dim == 0:
         raise ValueError("channel_dim must not be 0 with a batched codebook: axis 0 of z is the head")
+    if torch.jit.is_tracing():
+        return channel_dim
     if codebook.shape[-1] != z.shape[channel_dim]:
         raise ValueError(
             f"codebook of shape {_shape(codebook)} has {codebook.shape[-1]} channels, but z of shape {_shape(z)} has "
@@ -45,39 +57,89 @@ def check_mask(mask: Tensor | None, z: Tensor, channel_dim: int) -> None:
     """A mask is bool, on z's device, and has z's shape without the channel axis; True means that the row counts."""
     if mask is None:
         return
-    expected = row_shape(z, channel_dim)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor (True: the row counts), got {getattr(mask, 'dtype', type(mask))}")
-    if tuple(mask.shape) != expected:
-        raise ValueError(f"mask must have z's shape without channels, {list(expected)}, got {_shape(mask)}")
-    if mask.device != z.device:
-        raise ValueError(f"mask must be on z's device {z.device}, got {mask.device}")
+    _check_per_row("mask", mask, z, channel_dim)
 
 
 def check_indices(indices: Tensor | None, z: Tensor, channel_dim: int) -> None:
     """Indices are int64, on z's device, and have z's shape without the channel axis. Their range is not looked at."""
     if indices is None:
         return
-    expected = row_shape(z, channel_dim)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices))}")
-    if tuple(indices.shape) != expected:
-        raise ValueError(f"indices must have z's shape without channels, {list(expected)}, got {_shape(indices)}")
-    if indices.device != z.device:
-        raise ValueError(f"indices must be on z's device {z.device}, got {indices.device}")
+    _check_per_row("indices", indices, z, channel_dim)
 
 
 def check_levels(levels: Tensor | None, z: Tensor, channel_dim: int) -> None:
     """Numbers of levels are int64, on z's device, and have z's shape without the channel axis."""
     if levels is None:
         return
-    expected = row_shape(z, channel_dim)
     if not isinstance(levels, Tensor) or levels.dtype != torch.int64:
         raise TypeError(f"levels must be an int64 tensor, got {getattr(levels, 'dtype', type(levels))}")
-    if tuple(levels.shape) != expected:
-        raise ValueError(f"levels must have z's shape without channels, {list(expected)}, got {_shape(levels)}")
-    if levels.device != z.device:
-        raise ValueError(f"levels must be on z's device {z.device}, got {levels.device}")
+    _check_per_row("levels", levels, z, channel_dim)
+
+
+def _check_per_row(name: str, x: Tensor, z: Tensor, channel_dim: int) -> None:
+    if x.device != z.device:
+        raise ValueError(f"{name} must be on z's device {z.device}, got {x.device}")
+    if torch.jit.is_tracing():
+        return
+    expected = row_shape(z, channel_dim)
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} must have z's shape without channels, {list(expected)}, got {_shape(x)}")
+
+
+def refuse_nested(name: str, x: Tensor) -> None:
+    """A nested tensor has no rows of one shape."""
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one: pad it (torch.nested.to_padded_tensor(x, 0.0)), and give "
+            "a layer the lengths, or a function a mask of the rows that count"
+        )
+
+
+def _refuse_tangent(name: str, x: Tensor) -> None:
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"vqkernels does not support forward-mode derivatives, but {name} has a tangent: use torch.func.grad or "
+            "torch.func.vjp instead of torch.func.jvp, jacfwd or hessian"
+        )
+
+
+def _in_forward_mode() -> bool:
+    """Whether a tensor may have a tangent: asked first, because asking a tensor costs a microsecond."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def check_temperature(temperature: float | Tensor, zero: bool = False) -> Tensor:
+    """A positive finite number, or where `zero` one of at least 0, as a 0-d float64 tensor on the CPU.
+
+    Values are not looked at while compiling, so that one graph serves all of them.
+    """
+    compiling = torch.compiler.is_compiling()
+    if isinstance(temperature, Tensor):
+        if temperature.dtype != torch.float64 or temperature.dim() != 0 or temperature.device.type != "cpu":
+            raise ValueError(
+                "temperature must be a number or a 0-d float64 tensor on the CPU, got "
+                f"{temperature.dtype} of shape {_shape(temperature)} on {temperature.device}"
+            )
+        if temperature.requires_grad:
+            raise ValueError("temperature gets no gradient: give temperature.detach()")
+    elif type(temperature) is bool or not isinstance(temperature, float | int | torch.SymFloat):
+        raise ValueError(f"temperature must be {_TEMPERATURES[zero]}, got {temperature!r}")
+    if not compiling:
+        value = temperature.tolist() if isinstance(temperature, Tensor) else temperature
+        if not (0 <= value if zero else 0 < value) or value == math.inf:
+            raise ValueError(f"temperature must be {_TEMPERATURES[zero]}, got {value!r}")
+    if isinstance(temperature, Tensor):
+        return temperature
+    return torch.full((), temperature, dtype=torch.float64, device="cpu")
+
+
+_TEMPERATURES = {False: "a positive finite number", True: "a finite number of at least 0"}
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,21 +1,21 @@
 """Entropies of soft assignments, and their gradients, without the N x K matrix of probabilities."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..backends import eager_entropy, registry
 from ..backends.layout import empty_rows, layout_of
-from .checks import check_choice, check_mask, check_rows, row_shape
+from .checks import check_choice, check_mask, check_rows, check_temperature, row_shape
+from .differentiation import is_differentiated
 from .registration import Operation
+from .snapshot import snapshot
 
 METRICS = ("euclidean", "dot")
 
 
 def _fake_forward(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, temperature: float
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batched = codebook.dim() == 3
     heads = z.shape[0] if batched else 1
@@ -43,7 +43,7 @@ def _fake_backward(
     mean_assignment: Tensor,
     channel_dim: int,
     metric: str,
-    temperature: float,
+    temperature: Tensor,
     codebook_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_z = empty_rows(z, layout_of(z, channel_dim, codebook.dim() == 3))
@@ -58,7 +58,7 @@ def _result_dtype(z: Tensor, codebook: Tensor) -> torch.dtype:
 
 entropy = Operation(
     "entropy",
-    "(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, float temperature)"
+    "(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, Tensor temperature)"
     " -> (Tensor sample_entropy, Tensor codebook_entropy, Tensor row_entropy, Tensor log_partition,"
     " Tensor mean_assignment)",
     _fake_forward,
@@ -67,15 +67,27 @@ entropy = Operation(
 entropy_backward = Operation(
     "entropy_backward",
     "(Tensor grad_sample, Tensor grad_codebook_entropy, Tensor z, Tensor codebook, Tensor? mask, Tensor row_entropy,"
-    " Tensor log_partition, Tensor mean_assignment, int channel_dim, str metric, float temperature,"
+    " Tensor log_partition, Tensor mean_assignment, int channel_dim, str metric, Tensor temperature,"
     " bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
     _fake_backward,
     eager_entropy.entropy_backward,
 )
 
 
+def _forward(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, temperature: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operator yields, the entropies in the dtype of the others."""
+    sample, whole, *kept = entropy(backend, z, codebook, mask, channel_dim, metric, temperature)
+    dtype = _result_dtype(z, codebook)
+    return sample.to(dtype, copy=True), whole.to(dtype, copy=True), *kept
+
+
 class _EntropyLoss(torch.autograd.Function):
-    """One forward and one backward operator. Saves its inputs and two numbers per row and one per code."""
+    """One forward and one backward operator. Saves its inputs and two numbers per row and one per code.
+
+    Of the temperature it saves a copy, so that the caller may anneal it between the passes.
+    """
 
     @staticmethod
     def forward(
@@ -84,28 +96,28 @@ class _EntropyLoss(torch.autograd.Function):
         mask: Tensor | None,
         channel_dim: int,
         metric: str,
-        temperature: float,
+        temperature: Tensor,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        sample, whole, *kept = entropy(backend, z, codebook, mask, channel_dim, metric, temperature)
-        dtype = _result_dtype(z, codebook)
-        return sample.to(dtype, copy=True), whole.to(dtype, copy=True), *kept
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return *_forward(z, codebook, mask, channel_dim, metric, temperature, backend), snapshot(temperature)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        z, codebook, mask, channel_dim, metric, temperature, backend = inputs
+        z, codebook, mask, channel_dim, metric, _, backend = inputs
         kept = output[2:]
         ctx.mark_non_differentiable(*kept)
         ctx.save_for_backward(z, codebook, mask, *kept)
-        ctx.arguments = channel_dim, metric, temperature, backend  # type: ignore[attr-defined]
+        ctx.arguments = channel_dim, metric, backend  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx, grad_sample, grad_codebook_entropy, *_):
-        *options, backend = ctx.arguments
+        channel_dim, metric, backend = ctx.arguments
+        *saved, temperature = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1]
         grad_z, grad_codebook = _EntropyBackward.apply(
-            grad_sample, grad_codebook_entropy, *ctx.saved_tensors, *options, ctx.needs_input_grad[1], backend
+            grad_sample, grad_codebook_entropy, *saved, channel_dim, metric, temperature, wanted, backend
         )
-        return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, *(5 * [None])
+        return grad_z, grad_codebook if wanted else None, *(5 * [None])
 
 
 class _EntropyBackward(torch.autograd.Function):
@@ -143,7 +155,7 @@ class _EntropyBackward(torch.autograd.Function):
 def entropy_loss(
     z: Tensor,
     codebook: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     *,
     mask: Tensor | None = None,
     metric: str = "euclidean",
@@ -160,7 +172,8 @@ def entropy_loss(
 
     Args:
         z, codebook, channel_dim, backend: as in `nearest_code`.
-        temperature: positive and finite, in the units of the squared distance or of the product.
+        temperature: positive and finite, in the units of the squared distance or of the product; a number, or a 0-d
+            float64 tensor on the CPU, of which one compiled graph serves all values. No gradient reaches it.
         mask: bool, z's shape without the channel axis. Rows where it is False are not read, count nowhere and get
             gradient 0.
         metric: "euclidean" or "dot"; a cosine is the product of vectors of length one.
@@ -181,8 +194,7 @@ def entropy_loss(
     check_choice("metric", metric, METRICS)
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
-    if type(temperature) is bool or not isinstance(temperature, float | int) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
-    chosen = registry.resolve(backend, z.device, "entropy")
-    sample, whole = _EntropyLoss.apply(z, codebook, mask, channel_dim, metric, float(temperature), chosen)[:2]
+    inputs = (z, codebook, mask, channel_dim, metric, check_temperature(temperature))
+    compute = _EntropyLoss.apply if is_differentiated(z, codebook) else _forward
+    sample, whole = compute(*inputs, registry.resolve(backend, z.device, "entropy"))[:2]
     return (sample, whole) if codebook.dim() == 3 else (sample.squeeze(0), whole.squeeze(0))

@@ -5,8 +5,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..backends import eager, registry
+from ..backends import eager, plain, registry
 from .checks import METRICS, PRECISIONS, check_choice, check_mask, check_rows, row_shape
+from .differentiation import at_least_one
 from .registration import Operation
 
 
@@ -22,6 +23,7 @@ nearest = Operation(
     " -> (Tensor indices, Tensor decided)",
     _fake,
     eager.nearest,
+    plain=plain.nearest,
 )
 
 
@@ -96,5 +98,5 @@ def nearest_code(
     indices, decided = nearest(chosen, z.detach(), codebook.detach(), mask, channel_dim, metric, precision)
     if not return_certificate:
         return indices
-    total = indices.numel() if mask is None else mask.sum().clamp_min(1)
-    return indices, (decided / (total if mask is not None else max(total, 1))).to(torch.float32)
+    total = at_least_one(indices.numel() if mask is None else mask.sum())
+    return indices, (decided / total).to(torch.float32)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..backends import eager, registry
+from ..backends import eager, plain, registry
 from ..backends.layout import empty_rows, layout_of
 from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_indices, check_mask, check_rows, row_shape
+from .differentiation import at_least_one, is_differentiated, kept_indices
 from .registration import Operation
 
 
@@ -63,6 +64,7 @@ quantize = Operation(
     " -> (Tensor quantized, Tensor indices, Tensor squared_error, Tensor counts, Tensor sums)",
     _fake_forward,
     eager.quantize,
+    plain=plain.quantize,
 )
 lookup = Operation(
     "lookup",
@@ -80,10 +82,38 @@ quantize_backward = Operation(
 )
 
 
+def _forward(
+    z: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    given: Tensor | None,
+    channel_dim: int,
+    metric: str,
+    precision: str,
+    statistics: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `Quantization` holds."""
+    kept = mask
+    if given is None:
+        quantized, indices, squared_error, counts, sums = quantize(
+            backend, z, codebook, mask, channel_dim, metric, precision, statistics
+        )
+    else:
+        indices = given.clone() if mask is None else torch.where(mask, given, -1)
+        kept = indices >= 0
+        quantized, squared_error, counts, sums = lookup(backend, z, codebook, indices, None, channel_dim, statistics)
+    elements = z.numel() if kept is None else kept.sum() * codebook.shape[-1]
+    wide = torch.float64 in (z.dtype, codebook.dtype)
+    loss = (squared_error / at_least_one(elements)).to(torch.float64 if wide else torch.float32)
+    return quantized, indices, loss, loss.clone(), counts, sums
+
+
 class VectorQuantizeFunction(torch.autograd.Function):
     """One fused forward operator, one fused backward operator; arguments and results as in `quantize_with_statistics`.
 
-    Saves z, the codebook and the indices: nothing of size N x K, no residual, no one-hot.
+    Saves z, the codebook and a copy of the indices: nothing of size N x K, no residual, no one-hot, and nothing that
+    the caller gets and may overwrite.
     """
 
     @staticmethod
@@ -98,33 +128,20 @@ class VectorQuantizeFunction(torch.autograd.Function):
         statistics: bool,
         gradient: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        kept = mask
-        if given is None:
-            quantized, indices, squared_error, counts, sums = quantize(
-                backend, z, codebook, mask, channel_dim, metric, precision, statistics
-            )
-        else:
-            indices = given.clone() if mask is None else torch.where(mask, given, -1)
-            kept = indices >= 0
-            quantized, squared_error, counts, sums = lookup(
-                backend, z, codebook, indices, None, channel_dim, statistics
-            )
-        elements = max(z.numel(), 1) if kept is None else (kept.sum() * codebook.shape[-1]).clamp_min(1)
-        wide = torch.float64 in (z.dtype, codebook.dtype)
-        loss = (squared_error / elements).to(torch.float64 if wide else torch.float32)
-        return quantized, indices, loss, loss.clone(), counts, sums
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        found = _forward(z, codebook, mask, given, channel_dim, metric, precision, statistics, backend)
+        return *found, kept_indices(found[1])
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         z, codebook, _, _, channel_dim, _, _, _, gradient, backend = inputs
-        _, indices, _, _, counts, sums = output
-        ctx.mark_non_differentiable(indices, counts, sums)
-        ctx.save_for_backward(z, codebook, indices)
+        _, indices, _, _, counts, sums, kept = output
+        ctx.mark_non_differentiable(indices, counts, sums, kept)
+        ctx.save_for_backward(z, codebook, kept)
         ctx.arguments = channel_dim, gradient, backend  # type: ignore[attr-defined]
 
     @staticmethod
-    def backward(ctx, grad_quantized, _indices, grad_codebook_loss, grad_commitment_loss, _counts, _sums):
+    def backward(ctx, grad_quantized, _indices, grad_codebook_loss, grad_commitment_loss, *_):
         channel_dim, gradient, backend = ctx.arguments
         grad_z, grad_codebook = _QuantizeBackward.apply(
             grad_quantized,
@@ -206,8 +223,10 @@ def quantize_with_statistics(
     check_mask(mask, z, channel_dim)
     check_indices(indices, z, channel_dim)
     chosen = registry.resolve(backend, z.device, "quantize" if indices is None else "lookup")
-    options = (channel_dim, metric, precision, statistics, gradient, chosen)
-    return Quantization(*VectorQuantizeFunction.apply(z, codebook, mask, indices, *options))
+    inputs = (z, codebook, mask, indices, channel_dim, metric, precision, statistics)
+    if not is_differentiated(z, codebook):
+        return Quantization(*_forward(*inputs, chosen))
+    return Quantization(*VectorQuantizeFunction.apply(*inputs, gradient, chosen)[:6])
 
 
 def vector_quantize(

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..backends import eager_residual, registry
+from ..backends import eager_residual, plain, registry
 from ..backends.layout import empty_rows, layout_of
 from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_levels, check_mask, check_rows, row_shape
+from .differentiation import at_least_one, is_differentiated, kept_indices
 from .registration import Operation
 
 
@@ -54,6 +55,7 @@ residual_quantize = Operation(
     " -> (Tensor quantized, Tensor indices, Tensor squared_errors, Tensor counts, Tensor sums)",
     _fake_forward,
     eager_residual.residual_quantize,
+    plain=plain.residual_quantize,
 )
 residual_quantize_backward = Operation(
     "residual_quantize_backward",
@@ -65,10 +67,35 @@ residual_quantize_backward = Operation(
 )
 
 
+def _forward(
+    z: Tensor,
+    codebooks: Tensor,
+    levels: Tensor | None,
+    channel_dim: int,
+    metric: str,
+    precision: str,
+    statistics: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `ResidualQuantization` holds."""
+    quantized, indices, squared_errors, counts, sums = residual_quantize(
+        backend, z, codebooks, levels, channel_dim, metric, precision, statistics
+    )
+    heads = codebooks.shape[0] if codebooks.dim() == 4 else 1
+    if levels is None:
+        rows: Tensor | int = z.numel() // (heads * codebooks.shape[-1])
+    else:
+        rows = (indices >= 0).view(heads, -1, indices.shape[-1]).sum(1)
+    wide = torch.float64 in (z.dtype, codebooks.dtype)
+    losses = (squared_errors / (at_least_one(rows) * codebooks.shape[-1])).to(torch.float64 if wide else torch.float32)
+    return quantized, indices, losses, losses.clone(), counts, sums
+
+
 class ResidualVectorQuantizeFunction(torch.autograd.Function):
     """One fused forward operator, one fused backward operator, whatever the number of levels.
 
-    Saves z, the codebooks and the indices; the residuals are computed again in the backward pass.
+    Saves z, the codebooks and a copy of the indices, which the caller may overwrite; the residuals are computed again in
+    the backward pass.
     """
 
     @staticmethod
@@ -82,28 +109,20 @@ class ResidualVectorQuantizeFunction(torch.autograd.Function):
         statistics: bool,
         gradient: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        quantized, indices, squared_errors, counts, sums = residual_quantize(
-            backend, z, codebooks, levels, channel_dim, metric, precision, statistics
-        )
-        heads = codebooks.shape[0] if codebooks.dim() == 4 else 1
-        rows: Tensor | int = max(indices.numel() // (heads * indices.shape[-1]), 1)
-        if levels is not None:
-            rows = (indices >= 0).view(heads, -1, indices.shape[-1]).sum(1).clamp_min(1)
-        wide = torch.float64 in (z.dtype, codebooks.dtype)
-        losses = (squared_errors / (rows * codebooks.shape[-1])).to(torch.float64 if wide else torch.float32)
-        return quantized, indices, losses, losses.clone(), counts, sums
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        found = _forward(z, codebooks, levels, channel_dim, metric, precision, statistics, backend)
+        return *found, kept_indices(found[1])
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         z, codebooks, _, channel_dim, _, _, _, gradient, backend = inputs
-        _, indices, _, _, counts, sums = output
-        ctx.mark_non_differentiable(indices, counts, sums)
-        ctx.save_for_backward(z, codebooks, indices)
+        _, indices, _, _, counts, sums, kept = output
+        ctx.mark_non_differentiable(indices, counts, sums, kept)
+        ctx.save_for_backward(z, codebooks, kept)
         ctx.arguments = channel_dim, gradient, backend  # type: ignore[attr-defined]
 
     @staticmethod
-    def backward(ctx, grad_quantized, _indices, grad_codebook_losses, grad_commitment_losses, _counts, _sums):
+    def backward(ctx, grad_quantized, _indices, grad_codebook_losses, grad_commitment_losses, *_):
         channel_dim, gradient, backend = ctx.arguments
         grad_z, grad_codebooks = _ResidualQuantizeBackward.apply(
             grad_quantized,
@@ -181,7 +200,8 @@ def residual_quantize_with_statistics(
     check_choice("metric", metric, METRICS)
     check_choice("gradient", gradient, GRADIENTS)
     check_choice("precision", precision, PRECISIONS)
-    if not isinstance(codebooks, Tensor) or codebooks.dim() not in (3, 4) or codebooks.shape[-3] == 0:
+    stacked = isinstance(codebooks, Tensor) and codebooks.dim() in (3, 4)
+    if not stacked or (not torch.jit.is_tracing() and codebooks.shape[-3] == 0):
         got = list(codebooks.shape) if isinstance(codebooks, Tensor) else type(codebooks).__name__
         raise ValueError(f"codebooks must be (Q, K, D) of at least one level, or (H, Q, K, D) with heads, got {got}")
     channel_dim = check_rows(z, codebooks[..., 0, :, :], channel_dim)
@@ -189,15 +209,11 @@ def residual_quantize_with_statistics(
     check_levels(levels, z, channel_dim)
     if mask is not None:
         levels = torch.where(mask, codebooks.shape[-3] if levels is None else levels, 0)
-    options = (
-        channel_dim,
-        metric,
-        precision,
-        statistics,
-        gradient,
-        registry.resolve(backend, z.device, "residual_quantize"),
-    )
-    return ResidualQuantization(*ResidualVectorQuantizeFunction.apply(z, codebooks, levels, *options))
+    chosen = registry.resolve(backend, z.device, "residual_quantize")
+    inputs = (z, codebooks, levels, channel_dim, metric, precision, statistics)
+    if not is_differentiated(z, codebooks):
+        return ResidualQuantization(*_forward(*inputs, chosen))
+    return ResidualQuantization(*ResidualVectorQuantizeFunction.apply(*inputs, gradient, chosen)[:6])
 
 
 def residual_vector_quantize(

@@ -1,12 +1,10 @@
 """Sampling of codes: an index drawn by its distance, in one pass like the search."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..backends import registry, sampling
-from .checks import METRICS, check_choice, check_mask, check_rows, row_shape, seed_tensor
+from .checks import METRICS, check_choice, check_mask, check_rows, check_temperature, row_shape, seed_tensor
 from .nearest import nearest
 from .registration import Operation
 
@@ -18,7 +16,7 @@ def _fake(
     mask: Tensor | None,
     channel_dim: int,
     metric: str,
-    temperature: float,
+    temperature: Tensor,
     row_offset: int,
 ) -> Tensor:
     return z.new_empty(row_shape(z, channel_dim), dtype=torch.int64)
@@ -26,7 +24,7 @@ def _fake(
 
 sample = Operation(
     "sample",
-    "(Tensor z, Tensor codebook, Tensor seed, Tensor? mask, int channel_dim, str metric, float temperature,"
+    "(Tensor z, Tensor codebook, Tensor seed, Tensor? mask, int channel_dim, str metric, Tensor temperature,"
     " SymInt row_offset) -> Tensor",
     _fake,
     sampling.sample,
@@ -37,7 +35,7 @@ def sample_code(
     z: Tensor,
     codebook: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     seed: int | Tensor,
     mask: Tensor | None = None,
     metric: str = "euclidean",
@@ -55,7 +53,8 @@ def sample_code(
 
     Args:
         z, codebook, mask, channel_dim: as in `nearest_code`.
-        temperature: at least 0; 0 gives `nearest_code`.
+        temperature: a number of at least 0, where 0 gives `nearest_code`; or a 0-d float64 tensor on the CPU, of which
+            one compiled graph serves all values. A compiled graph does not look whether the tensor is 0: it raises then.
         seed: an int, or a 0-d int64 tensor on z's device, which is read on the device: a new value costs neither a
             synchronisation nor a recompilation.
         row_offset: the number of the first row. The draw of a row is a function of (seed, head, row number, row,
@@ -76,11 +75,10 @@ def sample_code(
     check_choice("metric", metric, METRICS)
     channel_dim = check_rows(z, codebook, channel_dim)
     check_mask(mask, z, channel_dim)
-    if not isinstance(temperature, float | int) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}")
+    divisor = check_temperature(temperature, zero=True)
     seed = seed_tensor(seed, z.device)
     chosen = registry.resolve(backend, z.device, "sample")
     z, codebook = z.detach(), codebook.detach()
-    if temperature == 0:
+    if not (isinstance(temperature, Tensor) and torch.compiler.is_compiling()) and temperature == 0:
         return nearest(chosen, z, codebook, mask, channel_dim, metric, "exact")[0]
-    return sample(chosen, z, codebook, seed, mask, channel_dim, metric, float(temperature), row_offset)
+    return sample(chosen, z, codebook, seed, mask, channel_dim, metric, divisor, row_offset)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vqkernels.backends import sampling
 from vqkernels.backends.layout import Layout, empty_rows, layout_of
+from vqkernels.backends.temperature import host_temperature
 
 
 def register(namespace: str = "vqkernels", key: str = "CUDA") -> torch.library.Library:
@@ -121,10 +122,11 @@ def _statistics(
 
 
 def _entropy(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, temperature: float
+    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = layout_of(z, channel_dim, codebook.dim() == 3)
-    return _kernels("entropy").entropy(layout.rows(z), _heads(codebook), _mask(layout, mask), metric, temperature)
+    divisor = host_temperature(temperature)
+    return _kernels("entropy").entropy(layout.rows(z), _heads(codebook), _mask(layout, mask), metric, divisor)
 
 
 def _entropy_backward(
@@ -138,7 +140,7 @@ def _entropy_backward(
     mean_assignment: Tensor,
     channel_dim: int,
     metric: str,
-    temperature: float,
+    temperature: Tensor,
     codebook_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = layout_of(z, channel_dim, codebook.dim() == 3)
@@ -154,7 +156,7 @@ def _entropy_backward(
         log_partition.contiguous(),
         mean_assignment,
         metric,
-        temperature,
+        host_temperature(temperature),
         codebook_gradient,
         out=view,
     )
