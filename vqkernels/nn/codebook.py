@@ -55,8 +55,9 @@ class TrainedCodebook(WideBuffers):
     State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
     `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts`
     and `ema_steps ()` int64, the updates so far; with EMA `ema_sums` float32 like the codebook; with a temperature
-    `sample_steps ()` int64, the training forwards so far; with init="kmeans" `initialised ()` bool; in a layer that
-    draws random numbers `seed ()` int64.
+    `sample_steps ()` int64, the training forwards so far; with init="kmeans" `initialised ()`, 0 until the codes
+    are computed, float32 because averaged copies of a model average floating buffers; in a layer that draws random
+    numbers `seed ()` int64.
     With ema_update="manual" the statistics since the last update belong to this rank and to no state dict.
 
     A codebook learns in a forward in training mode, with gradients enabled, unless it is frozen: by `freeze()` until
@@ -74,6 +75,7 @@ class TrainedCodebook(WideBuffers):
     sample_steps: Tensor
     initialised: Tensor
     seed: Tensor
+    _pending: Pending | None
 
     def __init__(
         self,
@@ -101,8 +103,6 @@ class TrainedCodebook(WideBuffers):
         self._manual, self._cosine, self._given_seed = manual, cosine, seed
         self._candidates = candidates or math.prod(shape[:-2])
         self._tracks_usage = ema_decay is not None or revive != "off"
-        self._pending: Pending | None = None
-        self._started, self._started_buffer = False, 0
         codebook = torch.empty(shape, dtype=torch.float32)
         if ema_decay is None:
             self.codebook = nn.Parameter(codebook)
@@ -117,9 +117,10 @@ class TrainedCodebook(WideBuffers):
         if sampled:
             self.register_buffer("sample_steps", torch.zeros((), dtype=torch.int64))
         if init == "kmeans":
-            self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+            self.register_buffer("initialised", torch.zeros((), dtype=torch.float32))
         if draws or sampled or init == "kmeans" or revive != "off":
             self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
+        self._forget()
 
     @torch.no_grad()
     def reset_codebook(self) -> None:
@@ -151,7 +152,7 @@ class TrainedCodebook(WideBuffers):
         self.codebook.copy_(codes)
         self._weigh(weight)
         if self.init == "kmeans":
-            self.initialised.fill_(True)
+            self.initialised.fill_(1)
 
     @torch.no_grad()
     def _weigh(self, weight: float) -> None:
@@ -185,7 +186,7 @@ class TrainedCodebook(WideBuffers):
                 "ema_decay, use fully_shard (FSDP2), or leave this layer out with ignored_modules"
             )
         self.widen_buffers()
-        if self._manual and self._pending is None:
+        if self._pending is not None and self._pending.counts.device != self.codebook.device:
             self._pending = self._no_statistics()
         if self._learns(freeze) and self._must_start():
             self.initialise(rows, self.metric, self.backend)
@@ -213,7 +214,7 @@ class TrainedCodebook(WideBuffers):
         return quantized, loss
 
     def _must_start(self) -> bool:
-        """Whether the codes still have to be computed. The buffer decides; that it was True is remembered of it.
+        """Whether the codes still have to be computed. The buffer decides; that it was set is remembered of it.
 
         While compiling the host does not know, and the device decides (`initialise`).
         """
@@ -247,9 +248,9 @@ class TrainedCodebook(WideBuffers):
                 RuntimeWarning,
                 stacklevel=6,
             )
-        starts = (distinct > 0) & ~self.initialised
+        starts = (distinct > 0) & (self.initialised == 0)
         self.codebook.copy_(torch.where(starts, codes.to(self.codebook.dtype), self.codebook))
-        self.initialised.logical_or_(distinct > 0)
+        self.initialised.copy_(torch.where(starts, 1.0, self.initialised))
 
     def _initial_codes(self, rows: Rows, metric: str, backend: str) -> tuple[Tensor, Tensor]:
         """All codes from the rows of the first batch, and how many of them come from data."""
@@ -299,7 +300,8 @@ class TrainedCodebook(WideBuffers):
         if self.frozen:
             return
         self.widen_buffers()
-        pending = self._pending or self._no_statistics()
+        pending = self._pending
+        assert pending is not None
         totals = self.ranks.sum(pending.counts, pending.sums)
         if pending.candidates is None:
             self._update(totals)
@@ -312,7 +314,8 @@ class TrainedCodebook(WideBuffers):
     def _no_statistics(self) -> Pending:
         """Statistics of no forward, where the codebook is."""
         device, size, dim = self.codebook.device, *self.codebook.shape[-2:]
-        counts, sums = torch.zeros_like(self.counts, device=device), torch.zeros_like(self.ema_sums, device=device)
+        counts = torch.zeros(self.counts.shape, dtype=torch.int64, device=device)
+        sums = torch.zeros(self.codebook.shape, dtype=torch.float32, device=device)
         if self.revive == "off":
             return Pending(counts, sums, None)
         drawn = (self._candidates, candidate_count(size))
@@ -358,7 +361,7 @@ class TrainedCodebook(WideBuffers):
 
     def _forget(self) -> None:
         """Drops what the host remembers of tensors that were filled anew."""
-        self._pending = None
+        self._pending = self._no_statistics() if self._manual else None
         self._started, self._started_buffer = False, 0
 
     def _load_from_state_dict(
@@ -380,7 +383,7 @@ class TrainedCodebook(WideBuffers):
         if f"{prefix}codebook" in state_dict:
             if self.init == "kmeans" and f"{prefix}initialised" not in state_dict:
                 with torch.no_grad():  # k-means must not overwrite loaded codes
-                    self.initialised.fill_(True)
+                    self.initialised.fill_(1)
             statistics = "ema_counts" if self.ema_decay is None else "ema_sums"
             if self._tracks_usage and f"{prefix}{statistics}" not in state_dict and not error_msgs:
                 self._weigh(1.0)
@@ -392,7 +395,7 @@ class TrainedCodebook(WideBuffers):
         if self._pending is not None:
             device, parts = self.codebook.device, self._pending
             if parts.counts.is_meta or self.codebook.is_meta:
-                self._pending = None
+                self._pending = self._no_statistics()
             elif parts.counts.device != device:
                 candidates = parts.candidates and Candidates(*(x.to(device) for x in parts.candidates))
                 self._pending = Pending(parts.counts.to(device), parts.sums.to(device), candidates)

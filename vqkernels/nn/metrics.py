@@ -1,7 +1,12 @@
-"""How much of a codebook is in use, from the counts of one step."""
+"""How much of a codebook is in use: from the counts of one step, and over an epoch."""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import check_size
+from .synchronisation import Ranks
 
 
 def perplexity(counts: Tensor) -> Tensor:
@@ -19,3 +24,60 @@ def usage(counts: Tensor) -> Tensor:
 def dead_codes(counts: Tensor) -> Tensor:
     """Number of codes without a row, int64."""
     return (counts == 0).sum(-1)
+
+
+class Usage(NamedTuple):
+    """What `CodebookUsage.compute` gives: 0-d, or of the shape `codebooks`."""
+
+    perplexity: Tensor  # exp of the entropy of the codes' frequencies, in [1, K]; 1 where no row counted
+    usage: Tensor  # fraction of codes with at least one row
+    dead_codes: Tensor  # number of codes without a row, int64
+
+
+class CodebookUsage:
+    """Perplexity and usage over many batches, in training or in eval mode, from the indices that a layer returns.
+
+        used = CodebookUsage(layer.codebook_size)
+        for z in batches:
+            _, indices, _ = layer(z)
+            used.update(indices)
+        print(used.compute())
+
+    Args:
+        codebook_size: K.
+        codebooks: sizes of the last axes of the indices that choose a codebook: `(Q,)` for the levels of a residual
+            layer, `(G, Q)` with groups, `(H,)` for heads with codebooks of their own; empty for one codebook.
+        process_group: the ranks whose rows count, as in `VectorQuantizer`.
+    """
+
+    def __init__(self, codebook_size: int, codebooks: tuple[int, ...] = (), process_group: Any = None) -> None:
+        for name, size in (("codebook_size", codebook_size), *(("codebooks", size) for size in codebooks)):
+            check_size(name, size)
+        self.codebook_size, self.codebooks, self.ranks = codebook_size, tuple(codebooks), Ranks(process_group)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all rows."""
+        self.counts = torch.zeros(*self.codebooks, self.codebook_size, dtype=torch.int64)
+
+    @torch.no_grad()
+    def update(self, indices: Tensor) -> None:
+        """Counts integer indices `(..., *codebooks)`; -1 counts nowhere. Nothing is read from the device.
+
+        Raises:
+            ValueError: the last axes of the indices are not `codebooks`.
+        """
+        number = len(self.codebooks)
+        if tuple(indices.shape[indices.dim() - number :]) != self.codebooks or indices.is_floating_point():
+            expected = ", ".join(("...", *map(str, self.codebooks)))
+            raise ValueError(f"indices must be integers ({expected}), got {indices.dtype} {list(indices.shape)}")
+        flat = indices.to(torch.int64).reshape(-1, max(1, self.counts.numel() // self.codebook_size)).T
+        places = torch.where((flat >= 0) & (flat < self.codebook_size), flat, self.codebook_size)
+        counts = flat.new_zeros(len(flat), self.codebook_size + 1)
+        counts.scatter_add_(1, places, torch.ones_like(places))
+        self.counts = self.counts.to(flat.device) + counts[:, :-1].view_as(self.counts)
+
+    def compute(self) -> Usage:
+        """The measures over all rows of all ranks since the last reset; with a process group every rank calls it."""
+        counts = self.ranks.sum(self.counts)[0]
+        return Usage(perplexity(counts), usage(counts), dead_codes(counts))

@@ -143,6 +143,28 @@ class ResidualVectorQuantizer(TrainedCodebook):
         self.project_out = nn.Linear(groups * codebook_dim, dim) if projects else None
         self.reset_codebook()
 
+    @classmethod
+    def from_codebook(cls, codes: Tensor, *, weight: float = 1.0, **options: Any) -> "ResidualVectorQuantizer":
+        """A layer that starts from given codes.
+
+        Args:
+            codes: `(Q, K, D)`, or `(G, Q, K, D)` with groups; with `shared_codebook=True` and `levels` given `(K, D)`,
+                or `(G, K, D)`.
+            weight: rows that each code counts for in the moving averages, see `set_codebook`.
+            options: the other arguments of the layer; `dim` is D times the groups unless it is given.
+        """
+        axes = 2 if options.get("shared_codebook", False) else 3
+        if codes.dim() not in (axes, axes + 1):
+            expected = "(K, D) or (G, K, D)" if axes == 2 else "(Q, K, D) or (G, Q, K, D)"
+            raise ValueError(f"codes must be {expected}, got {list(codes.shape)}")
+        groups, (size, codebook_dim) = codes.shape[:-axes].numel(), codes.shape[-2:]
+        options = {"dim": codebook_dim * groups, "groups": groups, **options}
+        if axes == 3:
+            options["levels"] = codes.shape[-3]
+        layer = cls(codebook_size=size, codebook_dim=codebook_dim, **options).to(codes.device)
+        layer.set_codebook(codes.view(layer.codebook.shape), weight)
+        return layer
+
     def reset_parameters(self) -> None:
         """Draws codes and projections anew and clears all statistics."""
         self.reset_codebook()

@@ -1,5 +1,6 @@
 """The layer: a codebook, trained by the codebook loss or by moving averages, over the fused operators."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from .lookup import check_indices, look_up
 from .masks import row_mask, zero_masked
 from .normalisation import unit
 from .projection import channels_at, project, project_codes
+from .scalar import Scalar
 from .synchronisation import global_rank
 
 
@@ -75,6 +77,11 @@ class VectorQuantizer(TrainedCodebook):
     and revive="rows" need ema_decay.
     """
 
+    temperature = Scalar(partial(check_positive, none=True))
+    entropy_temperature = Scalar(check_positive)
+    _temperature: Tensor | None
+    _entropy_temperature: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -111,11 +118,9 @@ class VectorQuantizer(TrainedCodebook):
         check_decay("ema_decay", ema_decay)
         check_number("beta", beta, 0)
         check_positive("revive_threshold", revive_threshold, below=1)
-        check_positive("temperature", temperature, none=True)
         if entropy_weight is not None:
             check_number("entropy_weight", entropy_weight, 0)
         check_number("entropy_gamma", entropy_gamma, 0)
-        check_positive("entropy_temperature", entropy_temperature)
         check_flag("separate_codebooks", separate_codebooks)
         check_int("channel_dim", channel_dim)
         check_seed(seed)
@@ -153,6 +158,25 @@ class VectorQuantizer(TrainedCodebook):
         self.project_out = nn.Linear(heads * codebook_dim, dim) if projects else None
         self.reset_codebook()
 
+    @classmethod
+    def from_codebook(cls, codes: Tensor, *, weight: float = 1.0, **options: Any) -> "VectorQuantizer":
+        """A layer that starts from given codes.
+
+        Args:
+            codes: `(K, D)`, or `(H, K, D)` for heads with codebooks of their own.
+            weight: rows that each code counts for in the moving averages, see `set_codebook`.
+            options: the other arguments of the layer; `dim` is D times the heads unless it is given.
+        """
+        if codes.dim() not in (2, 3):
+            raise ValueError(f"codes must be (K, D), or (H, K, D) for heads, got {list(codes.shape)}")
+        size, codebook_dim = codes.shape[-2:]
+        if codes.dim() == 3:
+            options |= {"heads": len(codes), "separate_codebooks": True}
+        options = {"dim": codebook_dim * options.get("heads", 1), **options}
+        layer = cls(codebook_size=size, codebook_dim=codebook_dim, **options).to(codes.device)
+        layer.set_codebook(codes.view(layer.codebook.shape), weight)
+        return layer
+
     def reset_parameters(self) -> None:
         """Draws codes and projections anew and clears all statistics."""
         self.reset_codebook()
@@ -184,7 +208,7 @@ class VectorQuantizer(TrainedCodebook):
         heads = Heads(self.heads, self.separate_codebooks, channel_dim)
         rows = self._rows(z, mask, heads)
         freeze = freeze or self.frozen
-        seen = self._begin(z, rows, freeze, None if self.temperature is None else self.sample_steps)
+        seen = self._begin(z, rows, freeze, None if self._temperature is None else self.sample_steps)
         learns = None if freeze or (seen is not None and seen.learns is False) else seen
         # The backward pass needs the codes that were looked up, and an update below overwrites them.
         codebook = self._looked_up(seen, freeze)
@@ -206,7 +230,7 @@ class VectorQuantizer(TrainedCodebook):
         if self.ema_decay is None:
             loss = loss + result.codebook_loss
         if self.training and self.entropy_weight is not None:
-            options = (self.entropy_weight, self.entropy_gamma, self.entropy_temperature, self.backend)
+            options = (self.entropy_weight, self.entropy_gamma, self._entropy_temperature, self.backend)
             loss = loss + entropy_penalty(rows, codes, metric, *options)
         if learns is not None:
             counts, sums = result.counts.view(self.counts.shape), result.sums.view(self.codebook.shape)
@@ -224,11 +248,11 @@ class VectorQuantizer(TrainedCodebook):
 
     def _sampled(self, rows: Rows, codes: Tensor, metric: str, seen: Seen) -> Tensor:
         """Codes drawn for the rows; other draws in every step and on every rank."""
-        assert self.temperature is not None and seen.steps is not None
+        assert self._temperature is not None and seen.steps is not None
         indices = sample_code(
             rows.values,
             codes,
-            temperature=self.temperature,
+            temperature=self._temperature,
             seed=step_key(self.seed, seen.steps),
             mask=rows.mask,
             metric=metric,

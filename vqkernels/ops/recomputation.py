@@ -56,11 +56,9 @@ def enter(owner: Tensor, rows: Tensor, state: list[Tensor], changes: bool = True
     """
     grad = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        *copies, again, learns = _enter_compiled(owner, rows, state, grad)
-        return Pass(copies, again, learns)
-    state = [x.detach() for x in state]
-    copies, again, learns = _enter(owner, rows, state, grad, changes, compiled=False)
-    return Pass(copies, again, learns)
+        *seen, again, learns = _enter_compiled(owner, rows, state, grad)
+        return Pass(seen, again, learns)
+    return Pass(*_enter(owner, rows, [x.detach() for x in state], grad, changes, compiled=False))
 
 
 def _enter(
