@@ -27,7 +27,7 @@ DRAWN = {
     "backends/sampling": {"backends/counter", "backends/layout", "backends/temperature"},
     "backends/triton/registration": {"backends/layout", "backends/sampling", "backends/temperature"},
     "backends/cuda/registration": {"backends/layout", "backends/sampling"},
-    "ops/differentiation": {"ops/snapshot"},
+    "ops/differentiation": {"ops/registration", "ops/snapshot"},
     "ops/nearest": {"ops/checks", "ops/differentiation", "ops/registration"},
     "ops/statistics": {"ops/checks", "ops/registration"},
     "ops/quantize": {"ops/checks", "ops/differentiation", "ops/registration"},

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..ops.differentiation import is_differentiated, kept_indices
 from ..ops.nearest import nearest_code
 from ..ops.quantize import vector_quantize
 from ..ops.statistics import codebook_statistics
@@ -24,24 +25,25 @@ def vq_st(inputs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
     The gradient of the codes reaches the rows unchanged (straight through), and the codebook at the codes chosen.
     """
-    return _StraightThrough.apply(inputs, codebook)
+    function = _StraightThrough.apply if is_differentiated(inputs, codebook) else _StraightThrough.forward
+    return function(inputs, codebook)[:2]
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(inputs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(inputs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantized, indices, _, _ = vector_quantize(inputs, codebook)
-        return quantized, indices.flatten()
+        return quantized, indices.flatten(), kept_indices(indices.flatten())
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[2])
         ctx.codebook = inputs[1].shape[0], inputs[1].dtype
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor, _indices: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (indices,), (size, dtype) = ctx.saved_tensors, ctx.codebook
         to_codebook = None
         if ctx.needs_input_grad[1]:

@@ -136,6 +136,8 @@ def check_temperature(temperature: float | Tensor, zero: bool = False) -> Tensor
             raise ValueError(f"temperature must be {_TEMPERATURES[zero]}, got {value!r}")
     if isinstance(temperature, Tensor):
         return temperature
+    if compiling:  # the one form in which a number of changing value stays one graph
+        return torch.ones((), dtype=torch.float64, device="cpu") * temperature
     return torch.full((), temperature, dtype=torch.float64, device="cpu")
 
 

@@ -5,7 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .registration import refuse_vmap
 from .snapshot import snapshot
+
+
+class FusedFunction(torch.autograd.Function):
+    """An autograd Function around an operator, with one sentence for torch.vmap."""
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        refuse_vmap()
 
 
 def is_differentiated(z: Tensor, codebook: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch.autograd.function import FunctionCtx
 from ..backends import eager_entropy, registry
 from ..backends.layout import empty_rows, layout_of
 from .checks import check_choice, check_mask, check_rows, check_temperature, row_shape
-from .differentiation import is_differentiated
+from .differentiation import FusedFunction, is_differentiated
 from .registration import Operation
 from .snapshot import snapshot
 
@@ -83,7 +83,7 @@ def _forward(
     return sample.to(dtype, copy=True), whole.to(dtype, copy=True), *kept
 
 
-class _EntropyLoss(torch.autograd.Function):
+class _EntropyLoss(FusedFunction):
     """One forward and one backward operator. Saves its inputs and two numbers per row and one per code.
 
     Of the temperature it saves a copy, so that the caller may anneal it between the passes.
@@ -120,7 +120,7 @@ class _EntropyLoss(torch.autograd.Function):
         return grad_z, grad_codebook if wanted else None, *(5 * [None])
 
 
-class _EntropyBackward(torch.autograd.Function):
+class _EntropyBackward(FusedFunction):
     """The gradient as a Function of its own, so that asking for a second derivative is an error, not a wrong zero."""
 
     @staticmethod

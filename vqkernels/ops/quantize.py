@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 from ..backends import eager, plain, registry
 from ..backends.layout import empty_rows, layout_of
 from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_indices, check_mask, check_rows, row_shape
-from .differentiation import at_least_one, is_differentiated, kept_indices
+from .differentiation import FusedFunction, at_least_one, is_differentiated, kept_indices
 from .registration import Operation
 
 
@@ -109,7 +109,7 @@ def _forward(
     return quantized, indices, loss, loss.clone(), counts, sums
 
 
-class VectorQuantizeFunction(torch.autograd.Function):
+class VectorQuantizeFunction(FusedFunction):
     """One fused forward operator, one fused backward operator; arguments and results as in `quantize_with_statistics`.
 
     Saves z, the codebook and a copy of the indices: nothing of size N x K, no residual, no one-hot, and nothing that
@@ -156,7 +156,7 @@ class VectorQuantizeFunction(torch.autograd.Function):
         return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, *(8 * [None])
 
 
-class _QuantizeBackward(torch.autograd.Function):
+class _QuantizeBackward(FusedFunction):
     """The gradient as a Function of its own, so that asking for a second derivative is an error, not a wrong zero."""
 
     @staticmethod

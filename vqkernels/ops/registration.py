@@ -73,7 +73,7 @@ def _define(
     torch.library.register_fake(f"vqkernels::{name}", _outside_onnx(name, fake), lib=_library)
     if implementation is not None:
         _library.impl(name, implementation, "CompositeExplicitAutograd")
-    _library.impl(name, _refuse_vmap, "FuncTorchBatched")
+    _library.impl(name, refuse_vmap, "FuncTorchBatched")
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.vqkernels, packet), overload or "default")
 
@@ -93,7 +93,8 @@ def _outside_onnx(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _refuse_vmap(*_: Any) -> None:
+def refuse_vmap(*_: Any) -> None:
+    """What the operators say to a batch of calls."""
     raise RuntimeError(
         "vqkernels does not support torch.vmap: give the rows of all of them as leading axes of z, and one codebook for "
         "each as codebooks (H, K, D) with z (H, ..., D)"

@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 from ..backends import eager_residual, plain, registry
 from ..backends.layout import empty_rows, layout_of
 from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_levels, check_mask, check_rows, row_shape
-from .differentiation import at_least_one, is_differentiated, kept_indices
+from .differentiation import FusedFunction, at_least_one, is_differentiated, kept_indices
 from .registration import Operation
 
 
@@ -91,7 +91,7 @@ def _forward(
     return quantized, indices, losses, losses.clone(), counts, sums
 
 
-class ResidualVectorQuantizeFunction(torch.autograd.Function):
+class ResidualVectorQuantizeFunction(FusedFunction):
     """One fused forward operator, one fused backward operator, whatever the number of levels.
 
     Saves z, the codebooks and a copy of the indices, which the caller may overwrite; the residuals are computed again in
@@ -137,7 +137,7 @@ class ResidualVectorQuantizeFunction(torch.autograd.Function):
         return grad_z, grad_codebooks if ctx.needs_input_grad[1] else None, *(7 * [None])
 
 
-class _ResidualQuantizeBackward(torch.autograd.Function):
+class _ResidualQuantizeBackward(FusedFunction):
     """The gradient as a Function of its own, so that asking for a second derivative is an error, not a wrong zero."""
 
     @staticmethod

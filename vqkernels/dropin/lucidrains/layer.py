@@ -18,6 +18,7 @@ from ...nn.checks import check_channels
 from ...nn.heads import Heads, Rows
 from ...nn.lookup import look_up
 from ...nn.masks import row_mask, zero_masked
+from ...nn.projection import channels_at, project
 from ...nn.normalisation import unit
 from ...nn.orthogonal import orthogonal_loss
 from ...ops.quantize import Quantization, quantize_with_statistics
@@ -175,7 +176,7 @@ class VectorQuantize(ConfiguredQuantizer):
             # A masked row may hold a NaN, and 0 * NaN would reach the weights' gradient.
             inner = zero_masked(x, mask, heads.channel_dim)
         if self.has_projections:
-            inner = self.project_in(inner.movedim(heads.channel_dim, -1)).movedim(-1, heads.channel_dim)
+            inner = project(self.project_in, inner, heads.channel_dim)
         # Autocast narrows a projection; codes are looked up in x's precision.
         rows = heads.split(inner.to(torch.promote_types(inner.dtype, x.dtype)), mask)
         return rows._replace(values=unit(rows.values, rows.channel_dim)) if self.use_cosine_sim else rows
@@ -284,7 +285,7 @@ class VectorQuantize(ConfiguredQuantizer):
         x, mask, axis = step.x, step.mask, step.heads.channel_dim
         quantized = step.heads.join(step.quantized.to(x.dtype))
         if self.has_projections:
-            quantized = self.project_out(quantized.movedim(axis, -1)).movedim(-1, axis)
+            quantized = project(self.project_out, quantized, axis)
         if mask is None or (self.return_zeros_for_masked_padding and not self.has_projections):
             return quantized
         padding = torch.zeros_like(quantized) if self.return_zeros_for_masked_padding else x
@@ -298,13 +299,13 @@ class VectorQuantize(ConfiguredQuantizer):
         separate = self.separate_codebook_per_head and self.heads > 1
         codes = look_up(self._codebook.codes_for(separate), indices)
         codes = codes.flatten(-2) if separate else codes
-        return codes.movedim(-1, 1) if self._channels_first else codes
+        return channels_at(codes, 1) if self._channels_first else codes
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives for these indices in eval mode, laid out like x."""
         codes = look_up(self._codebook.codes_for(self.separate_codebook_per_head and self.heads > 1), indices)
         codes = self.project_out(codes.flatten(-2) if self.heads > 1 else codes)
-        return codes.movedim(-1, 1) if self._channels_first else codes
+        return channels_at(codes, 1) if self._channels_first else codes
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.lookup import look_up
+from ...nn.projection import channels_at, project
 from ...nn.synchronisation import sum_over_ranks, world_size
 from .layer import VectorQuantize
 from .options import refuse
@@ -192,7 +193,7 @@ class ResidualVQ(nn.Module):
     def _project(self, module: nn.Module, x: Tensor) -> Tensor:
         if not self.has_projections:
             return x
-        return module(x.movedim(self._channel_dim, -1)).movedim(-1, self._channel_dim)
+        return project(module, x, self._channel_dim)
 
     def _last_level(self, seed: int | None, device: torch.device) -> int:
         """The last level of this step, by the peer's draw."""
@@ -219,7 +220,7 @@ class ResidualVQ(nn.Module):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` gives for these indices in eval mode, laid out like x."""
-        return self.project_out(self.get_codes_from_indices(indices).sum(0)).movedim(-1, self._channel_dim)
+        return channels_at(self.project_out(self.get_codes_from_indices(indices).sum(0)), self._channel_dim)
 
 
 class GroupedResidualVQ(nn.Module):
@@ -271,7 +272,7 @@ class GroupedResidualVQ(nn.Module):
     ) -> Any:
         """Quantizes x; arguments and results as in `ResidualVQ.forward`, with an axis G in front. All groups drop the
         same levels."""
-        if x.shape[self.split_dim] != self.dim:
+        if not torch.jit.is_tracing() and x.shape[self.split_dim] != self.dim:
             raise ValueError(f"x must have {self.dim} channels on axis {self.split_dim}, got {list(x.shape)}")
         seed = _dropout_seed(x.device) if self.training else None
         given = [None] * self.groups if indices is None or len(indices) == 0 else list(indices)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...nn.checks import check_channels
 from ...nn.lookup import look_up
+from ...nn.projection import channels_at
 from ...ops.quantize import quantize_with_statistics
 
 
@@ -69,7 +70,7 @@ class SimVQ(nn.Module):
         """The codes of `indices`, laid out like x; -1 gives zeros."""
         frozen = look_up(self.frozen_codebook, indices)
         codes = self.code_transform(frozen).masked_fill((indices < 0).unsqueeze(-1), 0)
-        return codes.movedim(-1, 1) if self.channel_first else codes
+        return channels_at(codes, 1) if self.channel_first else codes
 
     def extra_repr(self) -> str:
         return f"codebook_size={self.codebook_size}, commitment_weight={self.commitment_weight}"
