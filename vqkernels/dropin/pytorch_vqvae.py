@@ -24,24 +24,28 @@ def vq_st(inputs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
     The gradient of the codes reaches the rows unchanged (straight through), and the codebook at the codes chosen.
     """
-    return _StraightThrough.apply(inputs, codebook)
+    if torch.is_grad_enabled() and (inputs.requires_grad or codebook.requires_grad):
+        quantized, indices, _ = _StraightThrough.apply(inputs, codebook)
+        return quantized, indices
+    quantized, indices, _, _ = vector_quantize(inputs, codebook)
+    return quantized, indices.flatten()
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(inputs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(inputs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantized, indices, _, _ = vector_quantize(inputs, codebook)
-        return quantized, indices.flatten()
+        return quantized, indices.flatten(), indices.flatten().clone()  # the caller's, and what the backward pass reads
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[2])
         ctx.codebook = inputs[1].shape[0], inputs[1].dtype
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor, _indices: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, gradient: Tensor, *_indices: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (indices,), (size, dtype) = ctx.saved_tensors, ctx.codebook
         to_codebook = None
         if ctx.needs_input_grad[1]:

@@ -34,6 +34,11 @@ class Pass(NamedTuple):
     again: bool | Tensor  # it is a recomputation, which changes nothing; a 0-d bool tensor while compiling
     learns: bool | Tensor  # it is none, and gradients are recorded or a reentrant checkpoint will record them
 
+    @property
+    def first(self) -> bool | Tensor:
+        """It is no recomputation: of a layer that learns without gradients too, it changes the state."""
+        return self.again.logical_not() if isinstance(self.again, Tensor) else not self.again
+
 
 class _Kept:
     """The state that one first pass saw."""
@@ -58,9 +63,7 @@ def enter(owner: Tensor, rows: Tensor, state: list[Tensor], changes: bool = True
     if torch.compiler.is_compiling():
         *copies, again, learns = _enter_compiled(owner, rows, state, grad)
         return Pass(copies, again, learns)
-    state = [x.detach() for x in state]
-    copies, again, learns = _enter(owner, rows, state, grad, changes, compiled=False)
-    return Pass(copies, again, learns)
+    return Pass(*_enter(owner, rows, [x.detach() for x in state], grad, changes, compiled=False))
 
 
 def _enter(
@@ -72,7 +75,7 @@ def _enter(
             found.used = True
             return found.state, True, False
         return [x.clone() for x in state], False, grad  # a forward of its own, inside of a hook or a Function
-    expected = _in_checkpoint() if grad or compiled else False
+    expected = _in_checkpoint()  # also without gradients: some layers learn then too
     reentrant = not expected and not grad and _in_reentrant_checkpoint()
     copies = [x.clone() for x in state] if changes or compiled or expected or reentrant else state
     if expected or reentrant or (compiled and grad):
