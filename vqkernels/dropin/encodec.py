@@ -96,7 +96,7 @@ class EuclideanCodebook(FromData):
             return quantize_with_statistics(x, self.embed, channel_dim=channel_dim, statistics=False)
         self.widen_buffers()
         # The backward pass needs the codes that were looked up, and the update below overwrites them.
-        seen = enter(self.embed_avg, x, [self.embed], changes=torch.is_grad_enabled())
+        seen = enter(self.inited, x, [self.embed], changes=torch.is_grad_enabled())
         learns = seen.first is not False
         result = quantize_with_statistics(x, seen.state[0], channel_dim=channel_dim, statistics=learns)
         averages = self.embed, self.cluster_size, self.embed_avg

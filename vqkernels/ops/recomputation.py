@@ -54,8 +54,10 @@ def enter(owner: Tensor, rows: Tensor, state: list[Tensor], changes: bool = True
     """Begins a forward in training mode.
 
     Args:
-        owner: a tensor that the layer holds as long as it lives.
-        rows: what the forward computes with; of one shape and of the same bits when it is computed again.
+        owner: a tensor that the layer holds as long as it lives, and that no forward writes to: in a compiled graph a
+            tensor is another one after a write.
+        rows: what the forward computes with; of one shape and of the same bits when it is computed again. A layer that
+            enters twice in a forward with the same rows has another number of `state` there.
         state: the tensors of the layer that the forward reads and that it or a later one changes.
         changes: whether this forward or a later one changes them before the backward pass; they are copied then.
     """
@@ -70,7 +72,7 @@ def _enter(
     owner: Tensor, rows: Tensor, state: list[Tensor], grad: bool, changes: bool, compiled: bool
 ) -> tuple[list[Tensor], bool, bool]:
     if torch._C._current_graph_task_id() != -1:
-        found = _find(owner, rows)
+        found = _find(owner, rows, len(state))
         if found is not None:
             found.used = True
             return found.state, True, False
@@ -93,9 +95,9 @@ def _keep(owner: Tensor, kept: _Kept) -> None:
     _kept[owner] = [*waiting, kept]
 
 
-def _find(owner: Tensor, rows: Tensor) -> _Kept | None:
-    """The first pass of a recomputation: of the same rows; the newest that was not found before."""
-    passes = _kept.get(owner, [])
+def _find(owner: Tensor, rows: Tensor, number: int) -> _Kept | None:
+    """The first pass of a recomputation: with as much state and the same rows; the newest that was not found before."""
+    passes = [x for x in _kept.get(owner, ()) if len(x.state) == number]
     if len(passes) > 1:
         same = _fingerprint(rows)
         passes = [x for x in passes if x.fingerprint.equal(same)] or passes

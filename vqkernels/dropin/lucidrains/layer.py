@@ -137,7 +137,7 @@ class VectorQuantize(ConfiguredQuantizer):
         ema_update = codebook.ema_update if ema_update is None else ema_update
         learns = self.training and not freeze and (ema_update or codebook.has_dead_code_replacement)
         # The backward pass needs the codes that were looked up, and this forward or a later one overwrites them.
-        embed, first = self._as_seen(rows, codebook.initted)
+        embed, first = self._as_seen(rows)
         embed = embed if rows.batched else embed[0]
         result = self._quantize(rows, embed, freeze, learns, sample_codebook_temp)
         if learns:
@@ -155,16 +155,16 @@ class VectorQuantize(ConfiguredQuantizer):
         indices = heads.join_indices(result.indices)
         return Step(x, mask, heads, rows, embed, result, quantized, indices, freeze, first)
 
-    def _as_seen(self, rows: Rows, owner: Tensor) -> tuple[Tensor, bool | Tensor]:
+    def _as_seen(self, rows: Rows, *here: Tensor) -> tuple[Tensor, bool | Tensor]:
         """`embed (h, K, D)` as the first pass of this forward has it here, for its backward pass; and `Step.first`.
 
         Args:
-            owner: a buffer of the codebook, another one at every place that asks.
+            here: tensors whose number tells this place from others in the forward.
         """
         codebook = self._codebook
         if not (self.training and (codebook.ema_update or codebook.has_dead_code_replacement)):
             return codebook.embed, True
-        seen = enter(owner, rows.values, [codebook.embed], changes=torch.is_grad_enabled())
+        seen = enter(codebook.initted, rows.values, [codebook.embed, *here], changes=torch.is_grad_enabled())
         return as_seen(codebook.embed, seen.state[0]), seen.first
 
     def _layout(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Heads, Tensor | None]:
@@ -259,7 +259,7 @@ class VectorQuantize(ConfiguredQuantizer):
 
     def _orthogonal(self, indices: Tensor, rows: Rows) -> Tensor:
         """Of all codes, of those that this batch uses, or of a random choice among them."""
-        embed, _ = self._as_seen(rows, self._codebook.cluster_size)
+        embed, _ = self._as_seen(rows, indices)
         size, most = self.codebook_size, self.orthogonal_reg_max_codes
         if not self.orthogonal_reg_active_codes_only:
             if most is not None and size > most:
@@ -331,7 +331,7 @@ class VectorQuantize(ConfiguredQuantizer):
             batched=rows.batched,
         )
         codebook.widen_buffers()
-        first = enter(codebook.embed_avg, rows.values, [], changes=False).first
+        first = enter(codebook.initted, rows.values, [], changes=False).first
         codebook.learn(counts.view(shape[:2]), sums.view(shape), rows, ema_update=self.ema_update, first=first)
 
     update_ema_indices = update_indices
@@ -341,7 +341,7 @@ class VectorQuantize(ConfiguredQuantizer):
         """Replaces dead codes by rows of x `(B, N, D H)`, which is in the space of the codes; in training only."""
         rows = Heads(self.heads, self.separate_codebook_per_head and self.heads > 1, x.dim() - 1).split(x, None)
         rows = rows._replace(values=unit(rows.values, rows.channel_dim)) if self.use_cosine_sim else rows
-        self._codebook.expire(rows, enter(self._codebook.embed_avg, rows.values, [], changes=False).first)
+        self._codebook.expire(rows, enter(self._codebook.initted, rows.values, [], changes=False).first)
 
     def update_in_place_optimizer(self) -> None:
         """Nothing: an optimizer of the codebook inside the layer is not supported."""

@@ -46,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
             code = codes[head].detach().requires_grad_(grad_codes is not None)
             for block in _blocks(rows.shape[1], codes.shape[1]):
                 row = rows[head, block].detach().requires_grad_(grad_rows is not None)
-                # Its own small graph: the hooks of a checkpoint around the layer would compute all of that again for it.
+                # A graph apart: for it the hooks of a checkpoint around the layer would compute the layer again.
                 with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
                     logits = _logits(row, code, directions)
                     loss = F.cross_entropy(logits, targets[head, block], ignore_index=-1, reduction="sum")
