@@ -156,12 +156,15 @@ def test_a_layer_of_another_version_is_left_alone():
         ADAPTERS[key(theirs)](theirs)
 
 
-def test_a_narrowed_layer_goes_on_as_it_is():
+def test_a_narrowed_layer_learns_in_float32_and_gives_that_back():
     theirs = peer.VectorQuantize(**SIZES, codebook_dim=4).bfloat16()
     ours = ADAPTERS[key(theirs)](theirs)
     quantized, _, loss = ours(torch.randn(2, 60, 8).bfloat16())
     assert quantized.dtype == torch.bfloat16 and loss.isfinite()
-    assert theirs._codebook.embed is ours._codebook.embed and theirs.codebook.isfinite().all()
+    assert {ours._codebook.embed.dtype, ours._codebook.embed_avg.dtype} == {torch.float32}
+    RELEASERS[key(theirs)](ours, theirs)
+    assert theirs._codebook.embed is ours._codebook.embed
+    assert theirs(torch.randn(2, 60, 8).bfloat16())[0].isfinite().all()
 
 
 def test_every_class_has_a_way_there_and_back():

@@ -1,6 +1,7 @@
 """`swap_quantizers` and `restore_quantizers` on any module: what is kept, what is reported, what is refused."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -214,3 +215,26 @@ def test_a_quantizer_has_no_place_of_its_own():
 
 def test_every_adapter_can_be_released():
     assert set(swap.ADAPTERS) == set(swap.RELEASERS)
+
+
+def test_layers_that_need_no_search_are_named_in_their_place():
+    peer = pytest.importorskip("vector_quantize_pytorch")
+    model = nn.Sequential(
+        peer.FSQ([4, 4]),
+        peer.VectorQuantize(dim=4, codebook_size=8),
+        nn.Sequential(peer.ResidualFSQ(levels=[3, 3], num_quantizers=2, dim=2), peer.LFQ(codebook_size=8)),
+        peer.GroupedResidualLFQ(dim=6, groups=2, codebook_size=8, num_quantizers=2),
+    )
+    report = swap_quantizers(model, strict=True)
+    assert [entry.name for entry in report] == ["0", "1", "2.0", "2.1", "3"] and not report.left
+    assert [entry.name for entry in report.searchless] == ["0", "2.0", "2.1", "3"]
+    assert str(report[0]).endswith("FSQ left: needs no search: nothing to swap")
+    assert str(swap_quantizers(model[0], strict=True)).endswith("needs no search: nothing to swap")
+
+
+def test_every_class_without_search_that_is_installed_exists():
+    for name in sorted(swap.WITHOUT_SEARCH):
+        module, _, kind = name.rpartition(".")
+        if module.split(".")[0] in ("vector_quantize_pytorch", "transformers", "diffusers"):
+            pytest.importorskip(module.split(".")[0])
+            assert issubclass(getattr(importlib.import_module(module), kind), nn.Module)

@@ -28,7 +28,7 @@ class _Factorized(nn.Module):
     def decode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents (B, codebook_dim, T) -> `(codes (B, codebook_dim, T), indices (B, T))`; codes train the codebook."""
         indices = nearest_code(latents, self.codebook.weight, metric="cosine", channel_dim=1)
-        return F.embedding(indices, self.codebook.weight).transpose(1, 2), indices
+        return F.embedding(indices.clone(), self.codebook.weight).transpose(1, 2), indices
 
 
 class VectorQuantize(_Factorized):
@@ -66,7 +66,9 @@ class VectorQuantize(_Factorized):
         quantized, indices, _, _ = vector_quantize(
             latents, self.codebook.weight.detach(), metric="cosine", channel_dim=1
         )
-        codes = self.decode_code(indices)
+        codes = self.decode_code(
+            indices.clone()
+        )  # the look-up saves its indices, and a caller may change those returned
         commitment = (latents - codes.detach()).square().mean((1, 2))
         codebook = (codes - latents.detach()).square().mean((1, 2))
         return self.out_proj(quantized), commitment, codebook, indices, latents

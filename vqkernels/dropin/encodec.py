@@ -11,17 +11,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.synchronisation import sum_over_ranks, world_size
+from ..nn.synchronisation import world_size
+from ..nn.wide import wide_dtype
 from ..ops.kmeans import kmeans
 from ..ops.nearest import nearest_code
 from ..ops.quantize import Quantization, quantize_with_statistics
+from ..ops.recomputation import enter
 from ..ops.statistics import codebook_statistics
 from .adoption import adopt_as, check_unhooked, share, share_hooks
-from .laplace import laplace_update_
+from .from_data import FromData, has_rows
+from .laplace import laplace_step_
 from .tokens import TokenCodebook, TokenLayer, adopt_layer, release_layer
 
 
-class EuclideanCodebook(nn.Module):
+class EuclideanCodebook(FromData):
     """`encodec.quantization.core_vq.EuclideanCodebook`: codes trained by moving averages.
 
     Args:
@@ -33,9 +36,14 @@ class EuclideanCodebook(nn.Module):
         threshold_ema_dead_code: without effect, as in the peer: what it puts in the place of a dead code, the same step
             overwrites.
 
-    State, all float32 buffers: `inited (1,)`, `cluster_size (K,)`, `embed (K, D)`, `embed_avg (K, D)`. With a process
-    group the statistics of all ranks are summed; rank 0 initialises.
+    State, all float32 buffers, whatever the module is cast to: `inited (1,)`, `cluster_size (K,)`, `embed (K, D)`,
+    `embed_avg (K, D)`. A batch without a usable row does not initialise. With a process group the statistics of all
+    ranks are summed, and rank 0 initialises; set `synchronise = False` on the codebook to leave the group out, as where
+    only some ranks have the layer.
     """
+
+    synchronise = True
+    _flag = "inited"
 
     inited: Tensor
     cluster_size: Tensor
@@ -45,7 +53,6 @@ class EuclideanCodebook(nn.Module):
     kmeans_iters: int
     decay: float
     epsilon: float
-    _ready: bool | None  # `inited` on the host, once it is known there: nobody waits for the device in every step
 
     def __init__(
         self,
@@ -60,14 +67,14 @@ class EuclideanCodebook(nn.Module):
         super().__init__()
         self.codebook_size, self.kmeans_iters, self.decay = codebook_size, kmeans_iters, decay
         self.epsilon, self.threshold_ema_dead_code = epsilon, threshold_ema_dead_code
-        embed = torch.zeros(codebook_size, dim)
+        embed = torch.zeros(codebook_size, dim, dtype=wide_dtype())
         if not kmeans_init:
             nn.init.kaiming_uniform_(embed)
-        self.register_buffer("inited", torch.tensor([float(not kmeans_init)]))
-        self.register_buffer("cluster_size", torch.zeros(codebook_size))
+        self.register_buffer("inited", embed.new_full((1,), float(not kmeans_init)))
+        self.register_buffer("cluster_size", embed.new_zeros(codebook_size))
         self.register_buffer("embed", embed)
         self.register_buffer("embed_avg", embed.clone())
-        self._ready = not kmeans_init
+        self._seen = None if kmeans_init else self.inited
 
     def encode(self, x: Tensor) -> Tensor:
         """Rows (..., D) -> int64 (...)."""
@@ -85,39 +92,39 @@ class EuclideanCodebook(nn.Module):
     def learn(self, x: Tensor, channel_dim: int) -> Quantization:
         """One pass over x; in training the averages and codes follow, after the codes were looked up."""
         self._initialise(x, channel_dim)
+        if not self.training:
+            return quantize_with_statistics(x, self.embed, channel_dim=channel_dim, statistics=False)
+        self.widen_buffers()
         # The backward pass needs the codes that were looked up, and the update below overwrites them.
-        codes = self.embed.clone() if self.training else self.embed
-        result = quantize_with_statistics(x, codes, channel_dim=channel_dim, statistics=self.training)
-        if self.training:
-            counts, sums = sum_over_ranks(result.counts[0], result.sums[0])
-            laplace_update_(self.embed, self.cluster_size, self.embed_avg, counts, sums, self.decay, self.epsilon)
+        seen = enter(self.inited, x, [self.embed], changes=torch.is_grad_enabled())
+        learns = seen.first is not False
+        result = quantize_with_statistics(x, seen.state[0], channel_dim=channel_dim, statistics=learns)
+        averages = self.embed, self.cluster_size, self.embed_avg
+        laplace_step_(averages, result, seen, decay=self.decay, eps=self.epsilon, synchronise=self.synchronise)
         return result
 
     @torch.no_grad()
     def _initialise(self, x: Tensor, channel_dim: int) -> None:
-        if self._ready is None:
-            self._ask()
-        if self._ready or (x.numel() == 0 and world_size() == 1):
+        if self._is_initialised():
             return
-        codes, _ = kmeans(x, self.codebook_size, iterations=self.kmeans_iters, channel_dim=channel_dim)
+        joined = self.synchronise and world_size() > 1
+        if x.numel() == 0 and not joined:
+            return  # the next batch may have rows
+        codes, distinct = kmeans(x, self.codebook_size, iterations=self.kmeans_iters, channel_dim=channel_dim)
+        if joined:
+            dist.broadcast(distinct, 0)
+        if not has_rows(distinct, self.codebook_size):
+            return
         indices = nearest_code(x, codes, channel_dim=channel_dim)
         counts, _ = codebook_statistics(x, indices, self.codebook_size, channel_dim=channel_dim)
         self.embed.copy_(codes)
         self.embed_avg.copy_(codes)
         self.cluster_size.copy_(counts)
         self.inited.fill_(1)
-        if world_size() > 1:
+        if joined:
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
-        self._ready = True
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._ask()
-
-    def _ask(self) -> None:
-        """Takes `inited` to the host; on the meta device, which knows no values, the first forward does."""
-        self._ready = None if self.inited.is_meta else bool(self.inited)
+        self._seen = self.inited
 
 
 class VectorQuantization(nn.Module):
@@ -231,7 +238,8 @@ class ResidualVectorQuantization(nn.Module):
 class EncodecEuclideanCodebook(TokenCodebook):
     """`transformers.models.encodec.modeling_encodec.EncodecEuclideanCodebook`.
 
-    State, float32 buffers: `inited (1,)`, `cluster_size (K,)`, `embed (K, D)`, `embed_avg (K, D)`.
+    State, buffers of the dtype that the model is cast to, as in the peer: `inited (1,)`, `cluster_size (K,)`,
+    `embed (K, D)`, `embed_avg (K, D)`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -256,7 +264,7 @@ def _adopt(peer: nn.Module) -> VectorQuantization:
     ours = adopt_as(VectorQuantization, peer, apart=frozenset({"_codebook"}))
     inner = peer.get_submodule("_codebook")
     ours._codebook = adopt_as(EuclideanCodebook, inner)
-    ours._codebook._ask()
+    ours._codebook._look()
     share_hooks(inner, ours._codebook)
     return ours
 

@@ -10,6 +10,27 @@ All codes are rewritten in every step, those without rows too. Where no code has
 import torch
 from torch import Tensor
 
+from ..nn.synchronisation import sum_over_ranks
+from ..ops.quantize import Quantization
+from ..ops.recomputation import Pass, change
+
+Averages = tuple[Tensor, Tensor, Tensor]  # embed (K, D), cluster_size (K,), embed_avg (K, D)
+
+
+def laplace_step_(
+    averages: Averages, result: Quantization, seen: Pass, *, decay: float, eps: float, synchronise: bool
+) -> None:
+    """One step of the averages from the statistics of a forward, unless the forward is computed again.
+
+    Args:
+        synchronise: sum the statistics over the ranks of the default process group, where there is one.
+    """
+    if seen.first is False:
+        return
+    counts, sums = result.counts[0], result.sums[0]
+    counts, sums = sum_over_ranks(counts, sums) if synchronise else (counts, sums)
+    change(seen.first, list(averages), lambda: laplace_update_(*averages, counts, sums, decay, eps))
+
 
 @torch.no_grad()
 def laplace_update_(

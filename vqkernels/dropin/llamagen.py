@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nn.wide import WideBuffers, wide_dtype
+from ..ops.recomputation import change, enter
 from .adoption import adopt_as, check_tensors, check_unhooked, share
 from .vqgan import code_images, quantize_images
 
 WINDOW = 65536  # rows whose codes `codebook_used` remembers
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(WideBuffers):
     """`tokenizer.tokenizer_image.vq_model.VectorQuantizer` of LlamaGen.
 
     Args:
@@ -27,7 +29,8 @@ class VectorQuantizer(nn.Module):
         l2_norm: scale rows and codes to length one; losses and output are those of the scaled vectors.
         show_usage: in training, return which fraction of the codes the last 65,536 rows used.
 
-    State: `embedding.weight (K, C)`, a Parameter; with show_usage `codebook_used (65536,)` float32, a buffer.
+    State: `embedding.weight (K, C)`, a Parameter; with show_usage `codebook_used (65536,)`, a buffer that stays float32
+    when the layer is cast to a narrower type.
 
     Raises:
         ValueError: entropy_loss_ratio is not 0.
@@ -53,7 +56,7 @@ class VectorQuantizer(nn.Module):
         if l2_norm:
             self.embedding.weight.data = F.normalize(weight, dim=-1)
         if show_usage:
-            self.register_buffer("codebook_used", torch.zeros(WINDOW))
+            self.register_buffer("codebook_used", torch.zeros(WINDOW, dtype=wide_dtype()))
 
     def _codes(self) -> Tensor:
         weight = self.embedding.weight
@@ -71,15 +74,23 @@ class VectorQuantizer(nn.Module):
         extra = (None, None, indices)
         if not self.training:
             return result.quantized, (None, None, None, 0), extra
-        usage = self._usage(indices) if self.show_usage else 0
+        usage: float = 0
+        if self.show_usage:
+            self.widen_buffers()
+            usage = self._usage(enter(self.codebook_used, z, [], changes=False).first, indices)
         losses = (result.codebook_loss, self.beta * result.commitment_loss, torch.zeros_like(result.codebook_loss))
         return result.quantized, (*losses, usage), extra
 
     @torch.no_grad()
-    def _usage(self, indices: Tensor) -> float:
-        """Remembers the codes of the newest rows; which fraction of all codes the window holds."""
-        window = torch.cat([self.codebook_used, indices.to(self.codebook_used.dtype)])[-len(self.codebook_used) :]
-        self.codebook_used.copy_(window)
+    def _usage(self, first: bool | Tensor, indices: Tensor) -> float:
+        """Remembers the codes of the newest rows, once; which fraction of all codes the window holds."""
+        remembered = self.codebook_used
+        window = torch.cat([remembered, indices.to(remembered.dtype)])[-len(remembered) :]
+
+        def remember() -> None:
+            remembered.copy_(window)
+
+        change(first, [remembered], remember)
         used = torch.zeros(self.n_e, dtype=torch.bool, device=indices.device)
         return int(used.index_fill_(0, window.to(torch.int64), True).sum()) / self.n_e
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.synchronisation import sum_over_ranks
+from ..nn.wide import WideBuffers, wide_dtype
 from ..ops.quantize import quantize_with_statistics
+from ..ops.recomputation import enter
 from .adoption import adopt_as, check_tensors, share
-from .laplace import laplace_update_
+from .laplace import laplace_step_
 
 
-class Quantize(nn.Module):
+class Quantize(WideBuffers):
     """`Quantize` of vq-vae-2-pytorch's `vqvae.py`.
 
     Args:
@@ -22,9 +23,12 @@ class Quantize(nn.Module):
         n_embed: K.
         decay, eps: of the averages, see `vqkernels.dropin.laplace`.
 
-    State, float32 buffers: `embed (D, K)`, `cluster_size (K,)`, `embed_avg (D, K)`. With a process group the statistics
-    of all ranks are summed.
+    State, float32 buffers, whatever the module is cast to: `embed (D, K)`, `cluster_size (K,)`, `embed_avg (D, K)`.
+    With a process group the statistics of all ranks are summed; set `synchronise = False` on the layer to leave the
+    group out, as where only some ranks have it.
     """
+
+    synchronise = True
 
     dim: int
     n_embed: int
@@ -37,20 +41,24 @@ class Quantize(nn.Module):
     def __init__(self, dim: int, n_embed: int, decay: float = 0.99, eps: float = 1e-5) -> None:
         super().__init__()
         self.dim, self.n_embed, self.decay, self.eps = dim, n_embed, decay, eps
-        self.register_buffer("embed", torch.randn(dim, n_embed))
-        self.register_buffer("cluster_size", torch.zeros(n_embed))
+        self.register_buffer("embed", torch.randn(dim, n_embed, dtype=wide_dtype()))
+        self.register_buffer("cluster_size", self.embed.new_zeros(n_embed))
         self.register_buffer("embed_avg", self.embed.clone())
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """input (..., D) -> `(quantized (..., D), loss (), indices (...))`; the loss is the commitment, unweighted."""
+        if self.training:
+            self.widen_buffers()
         # A copy: the search wants codes in rows, and the update below overwrites what the backward pass needs.
         codes = self.embed.t().clone(memory_format=torch.contiguous_format)
+        seen = enter(self.embed_avg, input, [codes], changes=False) if self.training else None
+        codes = codes if seen is None else seen.state[0]
         dtype = torch.promote_types(input.dtype, codes.dtype)
-        result = quantize_with_statistics(input.to(dtype), codes, statistics=self.training)
-        if self.training:
-            counts, sums = sum_over_ranks(result.counts[0], result.sums[0])
-            embed, embed_avg = self.embed.t(), self.embed_avg.t()
-            laplace_update_(embed, self.cluster_size, embed_avg, counts, sums, self.decay, self.eps)
+        learns = seen is not None and seen.first is not False
+        result = quantize_with_statistics(input.to(dtype), codes, statistics=learns)
+        if seen is not None:
+            averages = self.embed.t(), self.cluster_size, self.embed_avg.t()
+            laplace_step_(averages, result, seen, decay=self.decay, eps=self.eps, synchronise=self.synchronise)
         return result.quantized, result.commitment_loss.to(dtype), result.indices
 
     def embed_code(self, embed_id: Tensor) -> Tensor:

@@ -28,6 +28,33 @@ _FILES: tuple[Any, ...] = (
 ADAPTERS = {name: adopt for file in _FILES for name, adopt in file.ADAPTERS.items()}
 RELEASERS = {name: release for file in _FILES for name, release in file.RELEASERS.items()}
 
+_LUCIDRAINS = "vector_quantize_pytorch"
+_NEMO = "nemo.collections.tts.modules.audio_codec_modules"
+_COSMOS = "cosmos_tokenizer.modules.quantizers"
+# Quantizers that round or take signs: they have no codebook to search.
+WITHOUT_SEARCH = frozenset(
+    {
+        f"{_LUCIDRAINS}.finite_scalar_quantization.FSQ",
+        f"{_LUCIDRAINS}.residual_fsq.ResidualFSQ",
+        f"{_LUCIDRAINS}.residual_fsq.GroupedResidualFSQ",
+        f"{_LUCIDRAINS}.lookup_free_quantization.LFQ",
+        f"{_LUCIDRAINS}.evo_lookup_free_quantization.EvoLFQ",
+        f"{_LUCIDRAINS}.residual_lfq.ResidualLFQ",
+        f"{_LUCIDRAINS}.residual_lfq.GroupedResidualLFQ",
+        f"{_LUCIDRAINS}.binary_mapper.BinaryMapper",
+        "transformers.models.xcodec2.modeling_xcodec2.Xcodec2FiniteScalarQuantization",
+        "transformers.models.neucodec.modeling_neucodec.NeuCodecFiniteScalarQuantization",
+        "diffusers.models.autoencoders.autoencoder_vidtok.FSQRegularizer",
+        f"{_COSMOS}.FSQuantizer",
+        f"{_COSMOS}.ResidualFSQuantizer",
+        f"{_COSMOS}.LFQuantizer",
+        f"{_NEMO}.FiniteScalarQuantizer",
+        f"{_NEMO}.GroupFiniteScalarQuantizer",
+        "transcoder.models.quantizer.bsq.BinarySphericalQuantizer",
+    }
+)
+_NOTHING_TO_SWAP = "needs no search: nothing to swap"
+
 _REPLACED = "_vqkernels_replaced"  # in the new layer's __dict__, where no walk over modules finds it
 
 
@@ -54,8 +81,13 @@ class Report(list[Entry]):
 
     @property
     def left(self) -> list[Entry]:
-        """Those that were recognised and left as they are."""
-        return [entry for entry in self if entry.new is None]
+        """Those that search and were left as they are."""
+        return [entry for entry in self if entry.new is None and entry.reason != _NOTHING_TO_SWAP]
+
+    @property
+    def searchless(self) -> list[Entry]:
+        """Those that need no search, as FSQ, LFQ and BSQ: there is nothing to swap."""
+        return [entry for entry in self if entry.reason == _NOTHING_TO_SWAP]
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) if self else "no known quantizer"
@@ -71,21 +103,29 @@ def swap_quantizers(model: nn.Module, *, strict: bool = False) -> Report:
         model: any module that holds quantizers of the libraries that have a file in `vqkernels/dropin`. A quantizer
             that is referenced in several places is replaced by one layer in all of them. References outside the
             tree of modules (a list, a closure) still lead to the peer's instance.
-        strict: raise instead of leaving a quantizer as it is, and where there is none; the model is untouched then.
+        strict: raise instead of leaving a quantizer as it is, and where there is none; the model is untouched then. A
+            quantizer that needs no search counts as one, and is no reason to raise.
 
     Returns:
         One entry per quantizer found. One that uses an option without a counterpart is left as it is, and its entry
-        names the option.
+        names the option; the entry of one that rounds or takes signs (FSQ, LFQ, BSQ) says that it needs no search.
 
     Raises:
         ValueError: `model` is itself a quantizer, which has no place where another could be put; or see `strict`.
         TypeError: `model` is not a module.
     """
     _check_root(model, ADAPTERS)
-    report, layers, places = Report(), {}, []
+    if _is_searchless(model):
+        return Report([Entry("model", _name(type(model)), None, _NOTHING_TO_SWAP)])
+    report, places = Report(), []
+    layers: dict[int, nn.Module | str] = {}
     peers: list[nn.Module] = []
     found: list[tuple[str, nn.Module, str, nn.Module]] = []
     for name, parent, key, peer in _children(model, ""):
+        if _is_searchless(peer):
+            layers[id(peer)] = _NOTHING_TO_SWAP
+            found.append((name, parent, key, peer))
+            continue
         known = _known(peer)
         if known is None:
             continue
@@ -150,7 +190,7 @@ def _children(
             continue
         name = f"{prefix}{key}"
         yield name, module, key, child
-        if _known(child) is None and _REPLACED not in child.__dict__:
+        if _known(child) is None and not _is_searchless(child) and _REPLACED not in child.__dict__:
             yield from _children(child, f"{name}.", seen)
 
 
@@ -191,6 +231,10 @@ def _known(module: nn.Module) -> tuple[str, bool] | None:
         if _name(base) in ADAPTERS:
             return _name(base), place == 0
     return None
+
+
+def _is_searchless(module: nn.Module) -> bool:
+    return any(_name(base) in WITHOUT_SEARCH for base in type(module).__mro__)
 
 
 def _check_root(model: Any, known: dict[str, Any]) -> None:

@@ -75,7 +75,10 @@ class TrainedCodebook(WideBuffers):
     sample_steps: Tensor
     initialised: Tensor
     seed: Tensor
+    _owner: Tensor  # on which the first passes of checkpoints hang
     _pending: Pending | None
+    _started: bool
+    _started_buffer: int
 
     def __init__(
         self,
@@ -186,13 +189,13 @@ class TrainedCodebook(WideBuffers):
                 "ema_decay, use fully_shard (FSDP2), or leave this layer out with ignored_modules"
             )
         self.widen_buffers()
-        if self._pending is not None and self._pending.counts.device != self.codebook.device:
-            self._pending = self._no_statistics()
+        if self._owner.device != self.codebook.device:
+            self._forget()
         if self._learns(freeze) and self._must_start():
             self.initialise(rows, self.metric, self.backend)
         writes = self._learns(freeze) and self._tracks_usage and not self._manual
         reads = [self.codebook] * writes + ([] if steps is None else [steps])
-        state, again, learns = enter(self.counts, z, reads)
+        state, again, learns = enter(self._owner, z, reads)
         return Seen(state[0] if writes else None, None if steps is None else state[-1], again, learns)
 
     def _learns(self, freeze: bool) -> bool:
@@ -361,6 +364,7 @@ class TrainedCodebook(WideBuffers):
 
     def _forget(self) -> None:
         """Drops what the host remembers of tensors that were filled anew."""
+        self._owner = torch.empty(0, device=self.codebook.device)
         self._pending = self._no_statistics() if self._manual else None
         self._started, self._started_buffer = False, 0
 
@@ -391,12 +395,9 @@ class TrainedCodebook(WideBuffers):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._started, self._started_buffer = False, 0
-        if self._pending is not None:
-            device, parts = self.codebook.device, self._pending
-            if parts.counts.is_meta or self.codebook.is_meta:
-                self._pending = self._no_statistics()
-            elif parts.counts.device != device:
-                candidates = parts.candidates and Candidates(*(x.to(device) for x in parts.candidates))
-                self._pending = Pending(parts.counts.to(device), parts.sums.to(device), candidates)
+        waits, device = self._pending, self.codebook.device
+        self._forget()
+        if waits is not None and not (waits.counts.is_meta or self.codebook.is_meta):
+            candidates = waits.candidates and Candidates(*(x.to(device) for x in waits.candidates))
+            self._pending = Pending(waits.counts.to(device), waits.sums.to(device), candidates)
         return self

@@ -83,7 +83,7 @@ class SimVQ(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes z; arguments and results as in `VectorQuantizer.forward`, loss = codebook + beta * commitment."""
         channel_dim = check_channels(z, self.dim, self.channel_dim)
-        seen = enter(self.counts, z, []) if self.training else None
+        seen = enter(self.basis, z, []) if self.training else None
         result = quantize_with_statistics(
             z,
             self.codes,

@@ -34,6 +34,11 @@ class Pass(NamedTuple):
     again: bool | Tensor  # it is a recomputation, which changes nothing; a 0-d bool tensor while compiling
     learns: bool | Tensor  # it is none, and gradients are recorded or a reentrant checkpoint will record them
 
+    @property
+    def first(self) -> bool | Tensor:
+        """It is no recomputation: of a layer that learns without gradients too, it changes the state."""
+        return self.again.logical_not() if isinstance(self.again, Tensor) else not self.again
+
 
 class _Kept:
     """The state that one first pass saw."""
@@ -49,8 +54,10 @@ def enter(owner: Tensor, rows: Tensor, state: list[Tensor], changes: bool = True
     """Begins a forward in training mode.
 
     Args:
-        owner: a tensor that the layer holds as long as it lives.
-        rows: what the forward computes with; of one shape and of the same bits when it is computed again.
+        owner: a tensor that the layer holds as long as it lives, and that no forward writes to: in a compiled graph a
+            tensor is another one after a write.
+        rows: what the forward computes with; of one shape and of the same bits when it is computed again. A layer that
+            enters twice in a forward with the same rows has another number of `state` there.
         state: the tensors of the layer that the forward reads and that it or a later one changes.
         changes: whether this forward or a later one changes them before the backward pass; they are copied then.
     """
@@ -65,12 +72,12 @@ def _enter(
     owner: Tensor, rows: Tensor, state: list[Tensor], grad: bool, changes: bool, compiled: bool
 ) -> tuple[list[Tensor], bool, bool]:
     if torch._C._current_graph_task_id() != -1:
-        found = _find(owner, rows)
+        found = _find(owner, rows, len(state))
         if found is not None:
             found.used = True
             return found.state, True, False
         return [x.clone() for x in state], False, grad  # a forward of its own, inside of a hook or a Function
-    expected = _in_checkpoint() if grad or compiled else False
+    expected = _in_checkpoint()  # also without gradients: some layers learn then too
     reentrant = not expected and not grad and _in_reentrant_checkpoint()
     copies = [x.clone() for x in state] if changes or compiled or expected or reentrant else state
     if expected or reentrant or (compiled and grad):
@@ -88,9 +95,9 @@ def _keep(owner: Tensor, kept: _Kept) -> None:
     _kept[owner] = [*waiting, kept]
 
 
-def _find(owner: Tensor, rows: Tensor) -> _Kept | None:
-    """The first pass of a recomputation: of the same rows; the newest that was not found before."""
-    passes = _kept.get(owner, [])
+def _find(owner: Tensor, rows: Tensor, number: int) -> _Kept | None:
+    """The first pass of a recomputation: with as much state and the same rows; the newest that was not found before."""
+    passes = [x for x in _kept.get(owner, ()) if len(x.state) == number]
     if len(passes) > 1:
         same = _fingerprint(rows)
         passes = [x for x in passes if x.fingerprint.equal(same)] or passes

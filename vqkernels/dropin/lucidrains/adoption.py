@@ -106,7 +106,7 @@ def adopt_vector_quantize(peer: Any) -> VectorQuantize:
         ours = VectorQuantize(**options)
     ours.project_in, ours.project_out = peer.project_in, peer.project_out
     _share(peer._codebook, ours._codebook)
-    ours._codebook._ready = bool(ours._codebook.initted)
+    ours._codebook._look()
     share_attributes(peer, ours)
     ours.training = ours._codebook.training = peer.training
     return ours

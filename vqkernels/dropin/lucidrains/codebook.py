@@ -2,11 +2,10 @@
 
 Counts and sums come from the fused quantizer, so that no one-hot matrix is built; a row with a NaN or an infinity is in
 neither. Nothing is read back from the device, but for k-means, which runs once. Whether ranks share their statistics is
-asked in every forward, not when the layer is built.
+asked in every forward, not when the layer is built. A forward that a checkpoint computes again changes nothing.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,17 @@ from ...nn.heads import Rows
 from ...nn.initialisation import sample_rows
 from ...nn.revival import Candidates, draw_candidates, draw_candidates_over_ranks
 from ...nn.synchronisation import one_hot_rank, sum_over_ranks, world_size
+from ...nn.wide import wide_dtype
 from ...ops.kmeans import kmeans
 from ...ops.quantize import quantize_with_statistics
+from ...ops.recomputation import change
+from ..from_data import FromData, has_rows
 
 TINY = 1e-6  # the norm below which the peer no longer scales to length one
 _DRAWS = 1 << 15  # the draws of 512 ranks add up exactly in float32
 
 
-class Codebook(nn.Module):
+class Codebook(FromData):
     """State of one codebook for all heads, `(1, K, D)`, or of one per head, `(H, K, D)`.
 
     State: `initted ()` bool; `cluster_size (h, K)` float32, from ones; `embed_avg (h, K, D)`, from `embed`;
@@ -42,6 +44,8 @@ class Codebook(nn.Module):
     cluster_size: Tensor
     embed_avg: Tensor
     embed: Tensor
+
+    _flag = "initted"
 
     def __init__(
         self,
@@ -69,13 +73,13 @@ class Codebook(nn.Module):
         self.learnable_codebook, self.ema_update, self.manual_ema_update = learnable, ema_update, manual_ema_update
         self.use_cosine_sim = use_cosine_sim
         if kmeans_init:
-            embed = torch.zeros(num_codebooks, codebook_size, dim)
+            embed = torch.zeros(num_codebooks, codebook_size, dim, dtype=wide_dtype())
         else:
-            embed = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim))
+            embed = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim, dtype=wide_dtype()))
             embed = F.normalize(embed, dim=-1, eps=TINY) if use_cosine_sim else embed
-        self._ready = not kmeans_init  # on the host: nobody waits for the device to know
         self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
+        self._seen = None if kmeans_init else self.initted
+        self.register_buffer("cluster_size", embed.new_ones(num_codebooks, codebook_size))
         self.register_buffer("embed_avg", embed.clone())
         if learnable:
             self.embed = nn.Parameter(embed)
@@ -97,21 +101,17 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, rows: Rows) -> None:
-        """k-means on the first rows that come, in training or not; later calls do nothing."""
-        if self._ready:
-            return
-        if bool(self.initted):
-            self._ready = True
+        """k-means on the first rows that come, in training or not; later calls do nothing.
+
+        A batch of which no row counts, or of which every row has a NaN, is not the first.
+        """
+        if self._is_initialised():
             return
         joined = self.synced and self.sync_kmeans
         if rows.number == 0 and not joined:
             return  # the next batch may have rows
-        sample = (
-            sample_rows(rows, self.codebook_size, torch.zeros((), dtype=torch.int64, device=rows.values.device))
-            if joined
-            else rows
-        )
-        codes, _ = kmeans(
+        sample = sample_rows(rows, self.codebook_size, rows.values.new_zeros((), dtype=torch.int64)) if joined else rows
+        codes, distinct = kmeans(
             sample.values,
             self.codebook_size,
             iterations=self.kmeans_iters,
@@ -120,6 +120,8 @@ class Codebook(nn.Module):
             batched=sample.batched,
             metric="cosine" if self.use_cosine_sim else "euclidean",
         )
+        if not has_rows(distinct, self.codebook_size):
+            return
         self.embed.copy_(codes.view_as(self.embed))
         found = quantize_with_statistics(
             rows.values,
@@ -134,7 +136,7 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(self.embed * self.cluster_size.unsqueeze(-1))
         self.update_ema()
         self.initted.fill_(True)
-        self._ready = True
+        self._seen = self.initted
 
     @torch.no_grad()
     def learn(
@@ -146,6 +148,7 @@ class Codebook(nn.Module):
         weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
         accumulate: bool = False,
         ema_update: bool = True,
+        first: bool | Tensor = True,
     ) -> None:
         """One step from counts `(h, K)` and sums `(h, K, D)` of the rows of each code.
 
@@ -153,8 +156,12 @@ class Codebook(nn.Module):
             weight: of this step in the averages, `(K,)` or `(h, K)`; or a function of sums and counts that returns it.
             accumulate: only add to what the next step takes in, for gradient accumulation.
             ema_update: write `embed`; without, only replace dead codes.
+            first: False where the forward is computed again (`vqkernels.ops.recomputation`), which draws the same
+                random numbers and changes nothing; `counts` and `sums` are not read then.
         """
-        draw = torch.randint(0, _DRAWS, (), device=counts.device) if self.has_dead_code_replacement else None
+        draw = self._draw(counts.device)
+        if first is False:
+            return
         numbers = None
         if self.synced and draw is not None:
             counts, sums, numbers, draw = sum_over_ranks(counts, sums, one_hot_rank(count_rows(rows)), draw)
@@ -162,20 +169,24 @@ class Codebook(nn.Module):
             counts, sums = sum_over_ranks(counts, sums)
         if callable(weight):
             weight = weight(sums, counts.to(self.cluster_size.dtype))
-        for average, new in ((self.cluster_size, counts), (self.embed_avg, sums)):
-            new = new.to(average.dtype)
-            if average.grad is not None:
-                new, average.grad = new + average.grad, None
-            if accumulate:
-                average.grad = new.clone()
-            else:
-                average.lerp_(new, (1 - self.decay) * _like(weight, average))
+        news = ((self.cluster_size, counts), (self.embed_avg, sums))
         if accumulate:
+            for average, new in news:
+                _accumulate(average, new, first)
             return
-        if ema_update and not self.manual_ema_update:
-            self.update_ema()
-        if draw is not None and self.training:
-            self._expire(rows, draw, numbers)
+
+        def write() -> None:
+            for average, new in news:
+                new = new.to(average.dtype)
+                if average.grad is not None:
+                    new, average.grad = new + average.grad, None
+                average.lerp_(new, (1 - self.decay) * _like(weight, average))
+            if ema_update and not self.manual_ema_update:
+                self.update_ema()
+            if draw is not None and self.training:
+                self._expire(rows, draw, numbers)
+
+        change(first, [self.cluster_size, self.embed_avg, self.embed], write)
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -186,15 +197,20 @@ class Codebook(nn.Module):
         self.embed.copy_(F.normalize(embed, dim=-1, eps=TINY) if self.use_cosine_sim else embed)
 
     @torch.no_grad()
-    def expire(self, rows: Rows) -> None:
-        """Replaces codes with a cluster size below the threshold by rows; in training only."""
-        if not self.has_dead_code_replacement or not self.training:
+    def expire(self, rows: Rows, first: bool | Tensor = True) -> None:
+        """Replaces codes with a cluster size below the threshold by rows; in training only. `first` as in `learn`."""
+        draw = self._draw(rows.values.device) if self.training else None
+        if draw is None or first is False:
             return
-        draw = torch.randint(0, _DRAWS, (), device=rows.values.device)
         numbers = None
         if self.synced:
             numbers, draw = sum_over_ranks(one_hot_rank(count_rows(rows)), draw)
-        self._expire(rows, draw, numbers)
+        state = [self.cluster_size, self.embed_avg, self.embed]
+        change(first, state, lambda: self._expire(rows, draw, numbers))
+
+    def _draw(self, device: torch.device) -> Tensor | None:
+        """What the replacement of dead codes draws from torch's generator, in every step and on every rank."""
+        return torch.randint(0, _DRAWS, (), device=device) if self.has_dead_code_replacement else None
 
     def _expire(self, rows: Rows, draw: Tensor, rows_of_ranks: Tensor | None) -> None:
         dead = self.cluster_size < self.threshold_ema_dead_code
@@ -213,22 +229,16 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(torch.where(take.unsqueeze(-1), replacement * lasting, self.embed_avg))
         self.cluster_size.masked_fill_(take, lasting)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self._ready = bool(self.initted)
-
-    def _apply(self, fn, recurse=True):
-        """Moves the state where `fn` moves it, but keeps floating buffers in float32 when a cast would go below."""
-        wide = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, buffer in wide.items():
-            moved = getattr(self, name)
-            if moved.dtype.itemsize < torch.float32.itemsize <= buffer.dtype.itemsize:
-                setattr(self, name, buffer.to(moved.device))
-        return self
-
     def extra_repr(self) -> str:
         return f"codebook_size={self.codebook_size}, num_codebooks={self.num_codebooks}, decay={self.decay}"
+
+
+def _accumulate(average: Tensor, new: Tensor, first: bool | Tensor) -> None:
+    """Adds to what the next step of an average takes in, which hangs on it as its gradient."""
+    new = new.to(average.dtype)
+    if isinstance(first, Tensor):
+        new = torch.where(first, new, 0)
+    average.grad = new.clone() if average.grad is None else average.grad + new
 
 
 def _like(weight: Tensor | None, average: Tensor) -> Tensor:

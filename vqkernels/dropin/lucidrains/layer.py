@@ -18,18 +18,15 @@ from ...nn.checks import check_channels
 from ...nn.heads import Heads, Rows
 from ...nn.lookup import look_up
 from ...nn.masks import row_mask, zero_masked
-from ...nn.projection import channels_at, project
 from ...nn.normalisation import unit
 from ...nn.orthogonal import orthogonal_loss
+from ...nn.projection import channels_at, project
 from ...ops.quantize import Quantization, quantize_with_statistics
+from ...ops.recomputation import as_seen, enter
 from ...ops.statistics import codebook_statistics
 from .logits import cross_entropy, draw_codes
 from .options import ConfiguredQuantizer, refuse
 from .rows import as_peer_rows, canonical, directional
-
-
-def keep(x):
-    return x.clone()
 
 
 class LossBreakdown(NamedTuple):
@@ -53,6 +50,7 @@ class Step(NamedTuple):
     quantized: Tensor  # with its gradient, laid out like `rows.values`
     indices: Tensor  # as `forward` returns them
     freeze: bool
+    first: bool | Tensor  # as in `Codebook.learn`
 
 
 class VectorQuantize(ConfiguredQuantizer):
@@ -134,12 +132,14 @@ class VectorQuantize(ConfiguredQuantizer):
         heads, mask = self._layout(x, mask, lens)
         rows = self._rows(x, mask, heads)
         codebook = self._codebook
+        if self.training:
+            codebook.widen_buffers()
         codebook.initialise(rows)
         ema_update = codebook.ema_update if ema_update is None else ema_update
         learns = self.training and not freeze and (ema_update or codebook.has_dead_code_replacement)
-        embed = codebook.codes_for(rows.batched)
         # The backward pass needs the codes that were looked up, and this forward or a later one overwrites them.
-        embed = keep(embed) if self._is_overwritten or (learns and torch.is_grad_enabled()) else embed
+        embed, first = self._as_seen(rows)
+        embed = embed if rows.batched else embed[0]
         result = self._quantize(rows, embed, freeze, learns, sample_codebook_temp)
         if learns:
             shape = codebook.embed.shape
@@ -150,16 +150,23 @@ class VectorQuantize(ConfiguredQuantizer):
                 weight=ema_update_weight,
                 accumulate=accum_ema_update,
                 ema_update=ema_update,
+                first=first,
             )
         quantized = self._with_gradient(x, rows, embed, result)
-        return Step(x, mask, heads, rows, embed, result, quantized, heads.join_indices(result.indices), freeze)
+        indices = heads.join_indices(result.indices)
+        return Step(x, mask, heads, rows, embed, result, quantized, indices, freeze, first)
 
-    @property
-    def _is_overwritten(self) -> bool:
-        """Whether the codes that a backward pass will need may be overwritten before it."""
+    def _as_seen(self, rows: Rows, *here: Tensor) -> tuple[Tensor, bool | Tensor]:
+        """`embed (h, K, D)` as the first pass of this forward has it here, for its backward pass; and `Step.first`.
+
+        Args:
+            here: tensors whose number tells this place from others in the forward.
+        """
         codebook = self._codebook
-        writes = codebook.ema_update or codebook.has_dead_code_replacement
-        return self.training and writes and torch.is_grad_enabled()
+        if not (self.training and (codebook.ema_update or codebook.has_dead_code_replacement)):
+            return codebook.embed, True
+        seen = enter(codebook.initted, rows.values, [codebook.embed, *here], changes=torch.is_grad_enabled())
+        return as_seen(codebook.embed, seen.state[0]), seen.first
 
     def _layout(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Heads, Tensor | None]:
         """Where x keeps its channels, and which of its rows count."""
@@ -231,7 +238,7 @@ class VectorQuantize(ConfiguredQuantizer):
             commitment = self._commitment(step)
             loss = loss + commitment * self.commitment_weight
         if self.training and self.has_codebook_orthogonal_loss:
-            orthogonal = self._orthogonal(step.result.indices, step.rows.batched)
+            orthogonal = self._orthogonal(step.result.indices, step.rows)
             loss = loss + orthogonal * self.orthogonal_reg_weight
         if self.training and torch.is_grad_enabled() and not loss.requires_grad and not torch.compiler.is_compiling():
             loss = loss.detach().requires_grad_()  # a training loss can always be asked for its gradient
@@ -251,16 +258,15 @@ class VectorQuantize(ConfiguredQuantizer):
             return result.commitment_loss + (result.codebook_loss - result.codebook_loss.detach())
         return result.commitment_loss
 
-    def _orthogonal(self, indices: Tensor, batched: bool) -> Tensor:
+    def _orthogonal(self, indices: Tensor, rows: Rows) -> Tensor:
         """Of all codes, of those that this batch uses, or of a random choice among them."""
-        embed = self._codebook.embed
+        embed, _ = self._as_seen(rows, indices)
         size, most = self.codebook_size, self.orthogonal_reg_max_codes
-        embed = keep(embed) if self._is_overwritten else embed
         if not self.orthogonal_reg_active_codes_only:
             if most is not None and size > most:
                 embed = embed[:, torch.randperm(size, device=embed.device)[:most]]
             return orthogonal_loss(embed)
-        if batched:
+        if rows.batched:
             raise ValueError("orthogonal_reg_active_codes_only does not go with separate_codebook_per_head")
         used = torch.zeros(size + 1, dtype=torch.bool, device=embed.device)
         used = used.scatter(0, indices.flatten() % (size + 1), True)[:-1]  # -1 goes to a place of its own
@@ -314,7 +320,9 @@ class VectorQuantize(ConfiguredQuantizer):
         rows = self._rows(x, mask, heads)
         if self.heads > 1:
             indices = indices.movedim(-1, 0 if rows.batched else heads.channel_dim)
-        shape = self._codebook.embed.shape
+        codebook, shape = self._codebook, self._codebook.embed.shape
+        if not (self.ema_update or codebook.has_dead_code_replacement):
+            return
         counts, sums = codebook_statistics(
             rows.values,
             indices.contiguous(),
@@ -323,9 +331,9 @@ class VectorQuantize(ConfiguredQuantizer):
             channel_dim=rows.channel_dim,
             batched=rows.batched,
         )
-        if self.ema_update or self._codebook.has_dead_code_replacement:
-            update = self.ema_update
-            self._codebook.learn(counts.view(shape[:2]), sums.view(shape), rows, ema_update=update)
+        codebook.widen_buffers()
+        first = enter(codebook.initted, rows.values, [], changes=False).first
+        codebook.learn(counts.view(shape[:2]), sums.view(shape), rows, ema_update=self.ema_update, first=first)
 
     update_ema_indices = update_indices
 
@@ -334,7 +342,7 @@ class VectorQuantize(ConfiguredQuantizer):
         """Replaces dead codes by rows of x `(B, N, D H)`, which is in the space of the codes; in training only."""
         rows = Heads(self.heads, self.separate_codebook_per_head and self.heads > 1, x.dim() - 1).split(x, None)
         rows = rows._replace(values=unit(rows.values, rows.channel_dim)) if self.use_cosine_sim else rows
-        self._codebook.expire(rows)
+        self._codebook.expire(rows, enter(self._codebook.initted, rows.values, [], changes=False).first)
 
     def update_in_place_optimizer(self) -> None:
         """Nothing: an optimizer of the codebook inside the layer is not supported."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -29,6 +30,10 @@ def _blocks(number: int, codebook_size: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, number, step))
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, codes: Tensor, targets: Tensor, directions: bool) -> Tensor:
@@ -41,7 +46,8 @@ class _CrossEntropy(torch.autograd.Function):
             code = codes[head].detach().requires_grad_(grad_codes is not None)
             for block in _blocks(rows.shape[1], codes.shape[1]):
                 row = rows[head, block].detach().requires_grad_(grad_rows is not None)
-                with torch.enable_grad():
+                # A graph apart: for it the hooks of a checkpoint around the layer would compute the layer again.
+                with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
                     logits = _logits(row, code, directions)
                     loss = F.cross_entropy(logits, targets[head, block], ignore_index=-1, reduction="sum")
                 total += loss.detach()

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from ...nn.lookup import look_up
 from ...nn.projection import channels_at, project
-from ...nn.synchronisation import sum_over_ranks, world_size
+from ...nn.synchronisation import sum_over_ranks
+from ...ops.recomputation import change
 from .layer import VectorQuantize
 from .options import refuse
 from .rows import directional
 
 
-def _dropout_seed(device: torch.device) -> int:
+def _dropout_seed(layer: VectorQuantize, device: torch.device) -> int:
     """A number below 10 000 from torch's generator; with ranks their sum, so that all drop the same levels."""
-    if world_size() == 1:
+    if not layer._codebook.synced:
         return int(torch.randint(0, 10_000, ()))
     return int(sum_over_ranks(torch.randint(0, 10_000, (), device=device))[0])
 
@@ -178,7 +179,7 @@ class ResidualVQ(nn.Module):
             found.append(step.indices)
             losses.append(layer.loss(step)[0] if given is None else layer.cross_entropy(step, given[level]))
         if self.training and self.shared_codebook and not freeze_codebook:
-            self._learn_shared(seen)
+            self._learn_shared(seen, step.first)
         if self.diveq:
             quantized = directional(inner, quantized, axis)
         quantized = self._project(self.project_out, quantized)
@@ -197,19 +198,20 @@ class ResidualVQ(nn.Module):
 
     def _last_level(self, seed: int | None, device: torch.device) -> int:
         """The last level of this step, by the peer's draw."""
-        draw = random.Random(_dropout_seed(device) if seed is None else seed)
+        draw = random.Random(_dropout_seed(self._levels[0], device) if seed is None else seed)
         last = draw.randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
         return -(-(last + 1) // multiple) * multiple - 1
 
-    def _learn_shared(self, seen: list[Tensor]) -> None:
-        """One codebook for all levels is written once, after the last of them."""
-        first = self._levels[0]
+    def _learn_shared(self, seen: list[Tensor], first: bool | Tensor) -> None:
+        """One codebook for all levels is written once, after the last of them; `first` as in `Codebook.learn`."""
+        layer = self._levels[0]
+        codebook = layer._codebook
         if self.vq_is_ema_updating:
-            first._codebook.update_ema()
-        if first._codebook.has_dead_code_replacement:
+            change(first, [codebook.embed], codebook.update_ema)
+        if codebook.has_dead_code_replacement:
             rows = torch.stack([x.detach().movedim(self._channel_dim, -1) for x in seen], -2)
-            first.expire_codes_(rows.reshape(len(rows), -1, rows.shape[-1]))
+            layer.expire_codes_(rows.reshape(len(rows), -1, rows.shape[-1]))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Codes `(Q, ..., D)` of indices `(..., q)`, q levels or fewer than Q; zeros for -1 and for levels left out."""
@@ -274,7 +276,7 @@ class GroupedResidualVQ(nn.Module):
         same levels."""
         if not torch.jit.is_tracing() and x.shape[self.split_dim] != self.dim:
             raise ValueError(f"x must have {self.dim} channels on axis {self.split_dim}, got {list(x.shape)}")
-        seed = _dropout_seed(x.device) if self.training else None
+        seed = _dropout_seed(self._groups[0]._levels[0], x.device) if self.training else None
         given = [None] * self.groups if indices is None or len(indices) == 0 else list(indices)
         parts = zip(self._groups, x.chunk(self.groups, self.split_dim), given, strict=True)
         results = [
