@@ -26,10 +26,11 @@ from torch import Tensor
 
 from vqkernels.bench import machine
 from vqkernels.models import VQVAE
+from vqkernels.training.build import place
 from vqkernels.training.codes import CodesDirectory, CodesIndex
 from vqkernels.training.data import open_source
 from vqkernels.training.images import Source
-from vqkernels.training.speed import Speed, SpeedConfig
+from vqkernels.training.speed import SpeedConfig
 from vqkernels.training.tokenization import CHUNK, encode_shards
 
 CPU = torch.device("cpu")
@@ -105,7 +106,7 @@ def measure(count: int, channels: int, rounds: int, jpegs: Path | None) -> dict[
     """Seconds of everyone in every round, and the shares."""
     torch.manual_seed(0)
     model = VQVAE(3, hidden_channels=channels, code_dim=64, codebook_size=512).eval()
-    Speed(SpeedConfig(), CPU).lay_out(model)
+    place(model, SpeedConfig(), CPU)
     batch = torch.rand(CHUNK, 3, SIDE, SIDE).to(memory_format=torch.channels_last) * 2 - 1
 
     @torch.no_grad()

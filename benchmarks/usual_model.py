@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from benchmarks.standard_pixelcnn import MaskedPixelCNN
 from vqkernels.bench.layers import OneHotQuantizer
 from vqkernels.models import VQVAE, PixelCNN
+from vqkernels.training.build import place
 from vqkernels.training.speed import Speed
 
 Step = Callable[[], Tensor]  # a training step; returns its loss
 
 
 def usual_vqvae(model: VQVAE) -> VQVAE:
-    """A copy with the one-hot quantizer; moving averages begin at zero, as ours do."""
-    usual, ours = copy.deepcopy(model), model.quantizer
+    """A copy with the one-hot quantizer in torch's default layout; moving averages begin at zero, as ours do."""
+    usual, ours = copy.deepcopy(model).to(memory_format=torch.contiguous_format), model.quantizer  # type: ignore[call-overload]
     codes = ours.codebook.detach().clone()
     quantizer = OneHotQuantizer(codes, ours.beta, ema_decay=ours.ema_decay).to(codes.device)
     if ours.ema_decay is not None:
@@ -68,7 +69,7 @@ def usual_step(
 def our_step(model: nn.Module, loss: Callable[[nn.Module], Tensor], speed: Speed) -> Step:
     """The same as `vqkernels train` does it."""
     if isinstance(model, VQVAE):
-        speed.lay_out(model)
+        place(model, speed.config, speed.device)
     optimizer = speed.optimizer(model.parameters(), 2e-4)
     forward = speed.forward(model)
 

@@ -1,6 +1,8 @@
 """`vqkernels encode` and `decode`: there and back, continued, shared by processes; the sentence for each mistake."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +16,14 @@ from PIL import Image
 
 from vqkernels.cli.main import main
 from vqkernels.training.build import load_vqvae
+from vqkernels.training.checkpoint import RunDirectory, read_export
 from vqkernels.training.codes import CodesDirectory
 from vqkernels.training.config import RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import train
 from vqkernels.training.pictures import to_pixels
+from vqkernels.training.speed import SpeedConfig
 
 CPU = torch.device("cpu")
 
@@ -70,6 +74,19 @@ def test_codes_and_images_are_the_models_own(run, digits, tmp_path, capsys, cont
     with torch.no_grad():
         expected = to_pixels(vqvae.decode(found, (8, 8)))[:, 0].numpy()
     assert np.abs(images[..., 0].astype(int) - expected).max() <= 1
+
+
+def test_a_run_trained_with_cuda_graphs_is_encoded_on_the_cpu(run, digits, tmp_path):
+    """How the steps of training were computed asks nothing of the machine that reads the run."""
+    shutil.copytree(run, tmp_path / "run")
+    export = read_export(run)
+    config = dataclasses.replace(export.config, speed=SpeedConfig(compile=True, cuda_graphs=True))
+    state = {"config": config.to_toml(), "stage": "vqvae", "step": 20, "prior": {}}
+    state["vqvae"] = {name.removeprefix("vqvae."): x for name, x in export.tensors.items()}
+    RunDirectory(tmp_path / "run", resume=True).export(state, export.images)
+    for name, source in (("expected", run), ("found", tmp_path / "run")):
+        assert encode(source, tmp_path / name, "--data", "digits", "--device", "cpu") == 0
+    assert torch.equal(everything(tmp_path / "found"), everything(tmp_path / "expected"))
 
 
 def test_decoding_to_a_folder_names_the_classes(run, tmp_path):

@@ -75,7 +75,7 @@ def test_a_nan_loss_stops_and_its_batch_can_be_had_again(tmp_path):
     data = load_images("digits")
     assert torch.equal(tensors["pixels"], data.train.pixels[tensors["indices"]])
     assert torch.equal(tensors["labels"], data.train.labels[tensors["indices"]])
-    model = build_vqvae(config, ImageFormat(1, 8, 8, ()))
+    model = build_vqvae(config, ImageFormat(1, 8, 8, ()), torch.device("cpu"))
     prefix = "model."
     model.load_state_dict({name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)})
     assert not model(tensors["pixels"].float() / 127.5 - 1)[2].total.isfinite()

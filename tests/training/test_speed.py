@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqkernels.training.build import build_vqvae, load_vqvae
+from vqkernels.training import stages
+from vqkernels.training.build import build_vqvae, load_models, load_vqvae
 from vqkernels.training.checkpoint import ImageFormat, read_export
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import train
 from vqkernels.training.speed import Speed, SpeedConfig
+from vqkernels.training.stages import encode
 
 CPU = torch.device("cpu")
 PLAIN = SpeedConfig(channels_last="off", fused_optimizer=False)
@@ -122,9 +124,9 @@ def test_a_fused_step_reads_averages_in_the_order_of_its_weights(tmp_path):
     for before, after in (("off", "on"), ("on", "on"), ("off", "off"), ("on", "off")):
         for number, choice in enumerate((before, after)):
             speed = Speed(SpeedConfig(channels_last=choice), CPU)
-            model = torch.nn.Conv2d(4, 4, 3)
+            layout = torch.channels_last if choice == "on" else torch.contiguous_format
+            model = torch.nn.Conv2d(4, 4, 3).to(memory_format=layout)
             model.load_state_dict(start)
-            speed.lay_out(model)
             optimizer = speed.optimizer(model.parameters(), 0.1)
             if number:
                 speed.load(optimizer, {"optimizer": state})
@@ -137,11 +139,43 @@ def test_a_fused_step_reads_averages_in_the_order_of_its_weights(tmp_path):
         torch.testing.assert_close(other, stepped[0])
 
 
+def layout(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: x.stride() for name, x in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("choice", "last"), [("auto", True), ("on", True), ("off", False)])
+def test_whoever_reads_a_run_computes_in_the_layout_in_which_it_was_trained(tmp_path, choice, last):
+    """A convolution rounds differently in another memory format, so that codes near a tie would be others."""
+    config, seen = tiny(SpeedConfig(channels_last=choice)), []
+    assert not train(config, tmp_path, should_stop=stop_after(9)).finished  # one step of the prior is done
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "encode", lambda vqvae, *rest: seen.append(layout(vqvae)) or encode(vqvae, *rest))
+        trained = train(config, tmp_path, resume=True)
+    expected = layout(trained.vqvae)
+    kernels = [x for x in trained.vqvae.encoder.parameters() if x.dim() == 4 and min(x.shape[1:]) > 1]
+    assert kernels and all(x.is_contiguous() != last for x in kernels)
+    assert seen == [expected, expected]  # the codes of the prior, after an interruption as before it
+    again = train(config, tmp_path, resume=True)
+    for vqvae in (again.vqvae, load_vqvae(tmp_path, CPU)[0], load_models(tmp_path, CPU)[0]):
+        assert layout(vqvae) == expected
+
+
+@pytest.mark.parametrize("name", ["channels last", "fused", "bfloat16"])
+def test_a_loaded_model_computes_what_the_trained_one_does(tmp_path, name):
+    """In float32 whatever the precision of the steps: so do the evaluations, and the codes that the prior learns."""
+    trained = train(tiny(CHOICES[name], likelihood="gaussian"), tmp_path, stage="vqvae")
+    loaded, images = load_vqvae(tmp_path, CPU)[0], trained.data.held_out.batch(slice(64))
+    with torch.no_grad():
+        expected, found = trained.vqvae(images), loaded(images)
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_mixed_precision_leaves_the_statistics_in_float32():
     """The sums of a step are those of its bfloat16 rows in float64, and so are their means, the codes."""
     config = tiny(SpeedConfig(amp="bfloat16"), ema_decay=0.0)
     torch.manual_seed(0)
-    model = build_vqvae(config, ImageFormat(1, 8, 8, ())).train()
+    model = build_vqvae(config, ImageFormat(1, 8, 8, ()), CPU).train()
     seen = []
     model.quantizer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
     with Speed(config.speed, CPU).autocast():
@@ -180,7 +214,7 @@ def test_mixed_precision_is_that_of_the_chosen_stages(stages, mixed):
 def test_a_likelihood_is_computed_in_float32_under_mixed_precision():
     """What the decoder gives reaches the distribution in the type of the image."""
     config = tiny(SpeedConfig(amp="bfloat16"), likelihood="logistic_mixture")
-    model = build_vqvae(config, ImageFormat(1, 8, 8, ())).train()
+    model = build_vqvae(config, ImageFormat(1, 8, 8, ()), CPU).train()
     images, seen = load_images("digits").train.batch(slice(128)), []
     model.decoder.register_forward_hook(lambda _, arguments, decoded: seen.append(decoded.detach()))
     with Speed(config.speed, CPU).autocast():
@@ -195,9 +229,8 @@ def test_a_likelihood_is_computed_in_float32_under_mixed_precision():
 def test_the_compiled_model_gives_the_same_indices():
     config = tiny(SpeedConfig(compile=True))
     torch.manual_seed(0)
-    model = build_vqvae(config, ImageFormat(1, 8, 8, ())).train()
+    model = build_vqvae(config, ImageFormat(1, 8, 8, ()), CPU).train()
     speed = Speed(config.speed, CPU)
-    speed.lay_out(model)
     images = load_images("digits").train.batch(slice(128))
     same = copy.deepcopy(model)
     _, expected, eager = same(images)

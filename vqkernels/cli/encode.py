@@ -16,7 +16,6 @@ from vqkernels.training.codes import MAX_SHARDS, CodesDirectory, CodesIndex, Con
 from vqkernels.training.data import open_source
 from vqkernels.training.errors import UserError
 from vqkernels.training.images import JoinedSource, Source, Splits
-from vqkernels.training.speed import Speed
 from vqkernels.training.tokenization import encode_shards
 
 
@@ -77,7 +76,6 @@ def run(arguments: Sequence[str]) -> int:
         )
     left = sum(end - first for first, end in map(index.bounds, {*directory.missing(), *damaged}))
     device = next(vqvae.parameters()).device
-    Speed(export.config.speed, device).lay_out(vqvae)
     with tqdm(total=left, desc="encoding", unit="image", leave=False, disable=None if rank == 0 else True) as bar:
         # The other ranks are about as far.
         count = encode_shards(

@@ -1,4 +1,4 @@
-"""Models from a configuration and the format of the images."""
+"""Models from a configuration and the format of the images, in the memory format in which they are trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,10 @@ from vqkernels.models.likelihoods import Likelihood
 from vqkernels.training.checkpoint import Export, ImageFormat, read_export
 from vqkernels.training.config import RunConfig
 from vqkernels.training.errors import UserError
+from vqkernels.training.speed import SpeedConfig
 
 M = TypeVar("M", bound=nn.Module)
+Autoencoder = TypeVar("Autoencoder", VQVAE, VAE)
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,10 +43,26 @@ def check_backend(name: str, device: torch.device) -> None:
         raise UserError(str(error)) from error
 
 
-def build_vqvae(config: RunConfig, images: ImageFormat, likelihood: Likelihood | None = None) -> VQVAE:
-    """The VQ-VAE; a likelihood that is given goes before that of the configuration."""
+def place(model: Autoencoder, config: SpeedConfig, device: torch.device) -> Autoencoder:
+    """The model itself, on the device, with the weights of its convolutions in the chosen memory format.
+
+    The activations follow the weights. Convolutions round differently in another format, so a model computes in the
+    format in which it was trained.
+    """
+    model.to(device)
+    chosen = config.channels_last
+    if chosen == "on" or (chosen == "auto" and device.type == "cpu"):
+        for network in (model.encoder, model.decoder):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def build_vqvae(
+    config: RunConfig, images: ImageFormat, device: torch.device, likelihood: Likelihood | None = None
+) -> VQVAE:
+    """The VQ-VAE, on the device; a likelihood that is given goes before that of the configuration."""
     chosen = config.vqvae
-    return VQVAE(
+    model = VQVAE(
         images.channels,
         hidden_channels=chosen.hidden_channels,
         code_dim=chosen.code_dim,
@@ -59,9 +77,12 @@ def build_vqvae(config: RunConfig, images: ImageFormat, likelihood: Likelihood |
         likelihood=chosen.likelihood if likelihood is None else likelihood,
         backend=config.backend,
     )
+    return place(model, config.speed, device)
 
 
-def build_vae(config: RunConfig, images: ImageFormat, likelihood: Likelihood | None = None) -> VAE:
+def build_vae(
+    config: RunConfig, images: ImageFormat, device: torch.device, likelihood: Likelihood | None = None
+) -> VAE:
     """The VAE with the sizes that the configuration gives the VQ-VAE; likelihood as in `build_vqvae`.
 
     Raises:
@@ -71,7 +92,7 @@ def build_vae(config: RunConfig, images: ImageFormat, likelihood: Likelihood | N
     distribution = chosen.likelihood if likelihood is None else likelihood
     if distribution is None:
         raise UserError("a VAE needs vqvae.likelihood, but it is not set")
-    return VAE(
+    model = VAE(
         images.channels,
         hidden_channels=chosen.hidden_channels,
         code_dim=chosen.code_dim,
@@ -80,10 +101,11 @@ def build_vae(config: RunConfig, images: ImageFormat, likelihood: Likelihood | N
         residual_channels=chosen.residual_channels,
         likelihood=distribution,
     )
+    return place(model, config.speed, device)
 
 
-def build_prior(config: RunConfig, images: ImageFormat, vqvae: VQVAE) -> Prior:
-    """The prior of the codes of a VQ-VAE; a transformer has positions for grids up to that of one image."""
+def build_prior(config: RunConfig, images: ImageFormat, vqvae: VQVAE, device: torch.device) -> Prior:
+    """The prior of the codes of a VQ-VAE, on the device; a transformer has positions for grids up to one image's."""
     chosen = config.prior
     num_classes = len(images.class_names) or None
     label_dropout = chosen.label_dropout if images.class_names else 0.0
@@ -97,7 +119,7 @@ def build_prior(config: RunConfig, images: ImageFormat, vqvae: VQVAE) -> Prior:
             max_grid=vqvae.latent_size((images.height, images.width)),
             dropout=chosen.dropout,
             label_dropout=label_dropout,
-        )
+        ).to(device)
     return PixelCNN(
         config.vqvae.codebook_size,
         hidden_channels=chosen.hidden_channels,
@@ -106,7 +128,7 @@ def build_prior(config: RunConfig, images: ImageFormat, vqvae: VQVAE) -> Prior:
         head_channels=chosen.head_channels,
         dropout=chosen.dropout,
         label_dropout=label_dropout,
-    )
+    ).to(device)
 
 
 def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, Export]:
@@ -120,8 +142,8 @@ def load_vqvae(path: Path, device: torch.device) -> tuple[VQVAE, Export]:
     if not state:
         raise UserError(f"the run {path} holds no VQ-VAE, but the weights of another model at stage '{export.stage}'")
     layers = max(export.config.vqvae.downsamplings, export.config.vqvae.residual_blocks)
-    vqvae = _filled(lambda: build_vqvae(export.config, export.images), state, layers, path)
-    return vqvae.to(device).eval(), export
+    vqvae = _filled(lambda where: build_vqvae(export.config, export.images, where), device, state, layers, path)
+    return vqvae.eval(), export
 
 
 def load_models(path: Path, device: torch.device) -> tuple[VQVAE, Prior, Export]:
@@ -137,25 +159,26 @@ def load_models(path: Path, device: torch.device) -> tuple[VQVAE, Prior, Export]
             f"the run {path} has no prior yet (its VQ-VAE is at step {export.step}); "
             f"train it with 'vqkernels train --out {path} --resume'"
         )
-    prior = _filled(
-        lambda: build_prior(export.config, export.images, vqvae), state, export.config.prior.num_layers, path
-    )
-    return vqvae, prior.to(device).eval(), export
+    layers = export.config.prior.num_layers
+    prior = _filled(lambda where: build_prior(export.config, export.images, vqvae, where), device, state, layers, path)
+    return vqvae, prior.eval(), export
 
 
-def _filled(build: Callable[[], M], state: dict[str, torch.Tensor], layers: int, path: Path) -> M:
-    """The model with these weights.
+def _filled(
+    build: Callable[[torch.device], M], device: torch.device, state: dict[str, torch.Tensor], layers: int, path: Path
+) -> M:
+    """The model with these weights, built on the device.
 
     It is first built without memory: a file whose configuration promises more than its tensors costs nothing.
     """
     try:
         if layers > len(state):
             raise ValueError(f"its configuration has {layers} layers, but there are {len(state)} tensors")
-        with torch.device("meta"):
-            shapes = {name: x.shape for name, x in build().state_dict().items()}
+        with (nowhere := torch.device("meta")):
+            shapes = {name: x.shape for name, x in build(nowhere).state_dict().items()}
         if shapes != {name: x.shape for name, x in state.items()}:
             raise ValueError("its tensors are not those of its configuration")
-        model = build()
+        model = build(device)
         model.load_state_dict(state)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path / 'model.safetensors'} is damaged: {str(error).splitlines()[0]}") from error

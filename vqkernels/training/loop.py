@@ -111,7 +111,7 @@ def _train(
     data = _load(config) if looked is None else looked[1]
     images = ImageFormat(data.channels, *data.size, data.class_names)
     torch.manual_seed(config.seed)
-    vqvae = build_vqvae(config, images).to(device)
+    vqvae = build_vqvae(config, images, device)
 
     def begin() -> tuple[RunDirectory, dict[str, Any] | None]:
         assert looked is not None
@@ -145,7 +145,7 @@ def _train(
             finished = session.run_stage(VQVAEStage(vqvae, config.vqvae, data, device))
         if finished and stage != "vqvae":
             torch.manual_seed(config.seed + 1)  # whatever the first stage drew
-            prior = build_prior(config, images, vqvae).to(device)
+            prior = build_prior(config, images, vqvae, device)
             finished = session.run_stage(PriorStage(prior, vqvae, config.prior, data, device, config.seed))
             prior.eval()
         return Trained(vqvae.eval(), prior, data, finished)
@@ -219,8 +219,6 @@ class _Session:
         """Train what is left of a stage; False if stopped."""
         config, steps = stage.config, stage.config.steps
         speed = Speed(self.config.speed, self.device, stage.name)
-        if stage.name in ("vqvae", "vae"):  # the contenders of a comparison alike
-            speed.lay_out(stage.model)
         step, state = 0, self.state if self.state is not None and self.state["stage"] == stage.name else None
         if self.ranks.number > 1:  # as many streams of random numbers as processes
             torch.manual_seed(torch.initial_seed() + 1000 * self.ranks.rank)

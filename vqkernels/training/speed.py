@@ -1,7 +1,8 @@
 """How a step is computed: memory format, mixed precision, compilation, optimizer. What is learned differs by rounding.
 
 The model itself is never wrapped or renamed, so a checkpoint has the same keys and shapes whatever is chosen here, and
-a run may be resumed with another choice.
+a run may be resumed with another choice. The memory format belongs to the model, and `build` gives it wherever a model
+is made or read; the rest belongs to the steps of training: everything else computes in float32, uncompiled.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ class SpeedConfig:
     """How a step is computed. Results differ by rounding; benchmarks/results/full_model.md has what each gains."""
 
     channels_last: Literal["auto", "on", "off"] = "auto"
-    """Channels innermost in memory, in the VQ-VAE; auto: on the CPU, where it was measured."""
+    """Channels innermost in memory, in encoder and decoder; auto: on the CPU, where it was measured."""
     amp: Literal["off", "bfloat16", "float16"] = "off"
     """Mixed precision: convolutions in this type, weights and losses in float32; on a CPU it pays where it has AMX."""
     amp_stages: Literal["all", "autoencoder", "prior"] = "all"
@@ -61,16 +62,6 @@ class Speed:
         self.amp = config.amp if mixed else "off"
         # float16 has so small a range that gradients are scaled into it; a disabled scaler does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "float16")
-
-    @property
-    def channels_last(self) -> bool:
-        chosen = self.config.channels_last
-        return self.device.type == "cpu" if chosen == "auto" else chosen == "on"
-
-    def lay_out(self, model: nn.Module) -> None:
-        """Put the weights of convolutions into the chosen memory format; their activations follow them."""
-        if self.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def optimizer(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
         """Adam, which fused is one kernel for all parameters."""

@@ -30,7 +30,7 @@ def evaluated(data):
 
 def trained_vae(out) -> VAE:
     folder = out / "runs" / FOLDERS[CONTINUOUS]
-    vae = build_vae(read_config(folder / "config.toml"), ImageFormat(1, 8, 8, ()))
+    vae = build_vae(read_config(folder / "config.toml"), ImageFormat(1, 8, 8, ()), CPU)
     state = RunDirectory(folder, resume=True).load_state()
     assert state is not None
     vae.load_state_dict(state["vae"])

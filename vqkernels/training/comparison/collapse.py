@@ -122,8 +122,8 @@ def run_collapse(workshop: Workshop, say: Callable[[str], None]) -> Collapse:
         return build(make_decoder(settings)).to(device)
 
     alone = made(DecoderAlone)
-    vae = made(lambda decoder: build_vae(config, images, decoder))
-    codes = made(lambda decoder: build_vqvae(config, images, decoder))
+    vae = made(lambda decoder: build_vae(config, images, device, decoder))
+    codes = made(lambda decoder: build_vqvae(config, images, device, decoder))
     assert isinstance(alone, DecoderAlone) and isinstance(vae, VAE) and isinstance(codes, VQVAE)
     of_codes = VQVAEStage(codes, vqvae, data, device)
     of_codes.name = "vqvae_autoregressive"

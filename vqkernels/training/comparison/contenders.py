@@ -160,7 +160,7 @@ def _train_vae(workshop: Workshop, name: str, config: RunConfig) -> Contender:
     folder, data, device = workshop.folder(name), workshop.data, pick_device(config.device)
     images = ImageFormat(data.channels, *data.size, data.class_names)
     torch.manual_seed(config.seed)
-    vae = build_vae(config, images).to(device)
+    vae = build_vae(config, images, device)
     stage = VAEStage(vae, config.vqvae, data, device)
     with workshop.timed(name):
         if not train_stage(
