@@ -1,7 +1,7 @@
 """Several gloo processes for a test: a program of scenarios is started once per rank, and what each returns is read.
 
-A program ends in `if __name__ == "__main__": ranks.main(run)`; `run` takes rank, world size and a meeting, and joins and
-leaves process groups by `joined`.
+A program ends in `if __name__ == "__main__": ranks.main(run)`; `run` takes rank, world size and a
+meeting, and is in a process group within `joined`.
 """
 
 import os
@@ -19,16 +19,24 @@ import torch.distributed as dist
 import vqkernels
 
 SECONDS = 150  # for a whole program: a hang is a failure, not a wait
-PATIENCE = timedelta(seconds=20)  # for one collective
+PATIENCE = timedelta(seconds=10)  # for one collective
 
 
-def start(program: str, world: int, folder: Path, seconds: float = SECONDS) -> list[Any]:
-    """What each rank's `run` returned; a rank that fails or hangs is an AssertionError with its output."""
+def start(program: str, world: int, folder: Path, *arguments: str) -> list[Any]:
+    """What each rank's `run` returned for these arguments; a rank that fails or hangs fails the test."""
     paths = [str(Path(vqkernels.__file__).parents[1]), str(Path(__file__).parent)]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, program, str(rank), str(world), str(folder / "meeting"), str(folder / f"{rank}.pt")],
+            [
+                sys.executable,
+                program,
+                str(rank),
+                str(world),
+                str(folder / "meeting"),
+                str(folder / f"{rank}.pt"),
+                *arguments,
+            ],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -37,7 +45,7 @@ def start(program: str, world: int, folder: Path, seconds: float = SECONDS) -> l
     ]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=seconds)
+            _, errors = process.communicate(timeout=SECONDS)
             assert process.returncode == 0, errors
     finally:
         for process in processes:
@@ -45,10 +53,11 @@ def start(program: str, world: int, folder: Path, seconds: float = SECONDS) -> l
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def main(run: Callable[[int, int, str], Any]) -> None:
-    """One rank: its arguments are rank, world size, meeting file, output."""
+def main(run: Callable[..., Any]) -> None:
+    """One rank: its arguments are rank, world size, meeting file, output, and those of `run`."""
     torch.set_num_threads(1)
-    torch.save(run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]), sys.argv[4])
+    rank, world, meeting, output, *arguments = sys.argv[1:]
+    torch.save(run(int(rank), int(world), meeting, *arguments), output)
 
 
 @contextmanager

@@ -3,12 +3,10 @@
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
-
 from wrappers.cells import Model, build
-from wrappers.steps import STEPS, Result, batch, evaluate, result, snapshot, train
+from wrappers.steps import STEPS, Result, batch, result, snapshot, train
 
 
 class Averages:
@@ -24,7 +22,6 @@ class Averages:
 
     def weight(self, step: int) -> float:
         """Of the newest tensors in the average, at a step."""
-        ...
 
 
 class Swa(Averages):
@@ -104,20 +101,17 @@ def moved_by_update_bn(wrapper: nn.Module, module: Model) -> dict[str, float]:
     return {name: float((after[name].double() - value.double()).abs().max()) for name, value in before.items()}
 
 
-def codes_survive_training(cell: str, module: Model) -> tuple[Tensor, Tensor]:
-    """The codes of an averaged model, and those after a training forward of a model that its state dict fills.
+def after_one_more_step(cell: str, module: Model, flagged: bool) -> dict[str, Tensor]:
+    """The state of a new model that takes an averaged model's and trains on.
 
-    The learning is nearly off: codes that move, were started anew.
+    Args:
+        flagged: set what says that the first k-means has run.
     """
+    state = snapshot(module)
+    for name in state:
+        if flagged and name.endswith((".initialised", ".initted", ".inited")):
+            state[name] = torch.ones_like(state[name])
     model = build(cell, seed=5, norm=True)
-    model.load_state_dict(module.state_dict())
-    for layer in model.modules():
-        if hasattr(layer, "ema_decay"):
-            layer.ema_decay = 1 - 1e-9
-    evaluate(model)
-    before = snapshot(model)
-    model.train()
-    model(batch(STEPS))
-    after = snapshot(model)
-    name = next(name for name in before if name.endswith(("codebook", "embed")))
-    return before[name], after[name]
+    model.load_state_dict(state)
+    train(cell, model, steps=[STEPS])
+    return {name: value for name, value in snapshot(model).items() if value.is_floating_point()}

@@ -3,11 +3,14 @@
 A cell is a layer in one mode, as in "VectorQuantizer heads, EMA". `LAYERS` is the table; a new layer is one more line.
 """
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,8 +123,7 @@ LAYERS = {
     "SimVQ": Layer(partial(SimVQ, DIM, CODES), ALWAYS),
     "lucidrains VectorQuantize": Layer(
         partial(lucidrains.VectorQuantize, DIM, CODES),
-        _LUCIDRAINS
-        | {"manual EMA": {"manual_ema_update": True}, "temperature": {"stochastic_sample_codes": True}},
+        _LUCIDRAINS | {"manual EMA": {"manual_ema_update": True}, "temperature": {"stochastic_sample_codes": True}},
     ),
     "lucidrains ResidualVQ": Layer(
         partial(lucidrains.ResidualVQ, dim=DIM, codebook_size=CODES, num_quantizers=3),
@@ -159,7 +161,20 @@ LAYERS = {
     ),
     "pytorch-vqvae VQEmbedding": Layer(partial(pytorch_vqvae.VQEmbedding, CODES, DIM), ALWAYS, embedding, "images"),
 }
+# Variants of a layer wait for the long suite.
+VARIANTS = ("VectorQuantizer heads*", "* separate*", "* cosine*", "* projection*", "* shared*", "Grouped*")
 CELLS = {f"{name}, {mode}": (name, mode) for name, layer in LAYERS.items() for mode in layer.modes}
+
+
+def grid(ways: Iterable[str], quick: tuple[str, ...] = ("*",), among: str = "*") -> list[Any]:
+    """Parameters (way, cell) of a test; the short suite leaves out variants and what no pattern of `quick` names."""
+    found = []
+    for way, cell in product(ways, fnmatch.filter(CELLS, among)):
+        short = any(map(partial(fnmatch.fnmatch, cell), quick)) and not any(
+            map(partial(fnmatch.fnmatch, cell), VARIANTS)
+        )
+        found.append(pytest.param(way, cell, id=f"{way}: {cell}", marks=[] if short else [pytest.mark.slow]))
+    return found
 
 
 def directly(call: Callable[[Tensor], Read], z: Tensor) -> Read:

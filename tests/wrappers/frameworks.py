@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-
 from wrappers.cells import build, finish_step
 from wrappers.steps import STEPS, Result, batch, micro_batches, objective, optimizer_of, result, seed_draws
 

@@ -12,16 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-
 from wrappers.cells import Model, build
 from wrappers.steps import evaluate
 
 Loader = Callable[[Model, Path], nn.Module]
 
 
-def fresh(cell: str) -> Model:
+def fresh(cell: str, seed: int = 5) -> Model:
     """A model of other numbers, in training mode. One whose layer only encodes and decodes has done so before."""
-    model = build(cell, seed=5)
+    model = build(cell, seed)
     if model.mode == "fixed":
         evaluate(model)
     return model.train()
@@ -68,14 +67,12 @@ def by_accelerate_dispatch(model: Model, folder: Path) -> nn.Module:
 def by_accelerate_state(model: Model, folder: Path) -> nn.Module:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
-    accelerator.prepare(model)
-    accelerator.save_state(folder)
-    accelerator.free_memory()
-    loaded = accelerator.prepare(fresh(cell_of(model)))
-    accelerator.load_state(folder)
-    accelerator.free_memory()
-    return accelerator.unwrap_model(loaded)
+    saving, loading = Accelerator(cpu=True), Accelerator(cpu=True)
+    saving.prepare(model)
+    saving.save_state(folder)
+    loaded = loading.prepare(fresh(cell_of(model)))
+    loading.load_state(folder)
+    return loading.unwrap_model(loaded)
 
 
 def by_transformers(model: Model, folder: Path, dtype: torch.dtype) -> nn.Module:

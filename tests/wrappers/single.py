@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
 from wrappers.cells import build
 from wrappers.steps import STEPS, Result, result, train
 
@@ -71,8 +70,6 @@ def compiled_around_checkpoint(cell: str) -> Result:
     model.around = partial(checkpoint, use_reentrant=False)
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     return result(model, train(cell, model, call), call)
-
-
 
 
 EXACT = {

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
 from wrappers.cells import CELLS, Model, build, finish_step
 
 STEPS, ELEMENTS, POSITIONS, RATE = 3, 12, 4, 0.1
@@ -58,15 +57,15 @@ def train(
     Args:
         call: what is called in the place of the model.
         after: called after each step.
-        share: the part of a batch that this process sees.
+        share: the part of a micro-batch that this process sees.
     """
     call = model if call is None else call
     optimizer, outputs = optimizer_of(model), []
     dtype = next(model.parameters()).dtype
     for step in steps:
         optimizer.zero_grad()
-        parts = micro_batches(cell, share(batch(step, dtype)))
-        for part, x in enumerate(parts):
+        parts = micro_batches(cell, batch(step, dtype))
+        for part, x in enumerate(map(share, parts)):
             seed_draws(step, part)
             output = call(x)
             (objective(output, x) / len(parts)).backward()
@@ -109,18 +108,13 @@ def trained(cell: str, seed: int = 11) -> Model:
 
 
 def assert_equal_tensors(got: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], **tolerance: float) -> None:
-    """Equal bits, or as near as the tolerance says."""
+    """Equal dtypes and bits, or as near as the tolerance says."""
     assert set(got) == set(expected)
     for name, value in expected.items():
-        if tolerance:
-            torch.testing.assert_close(got[name], value, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
-        else:
-            assert got[name].dtype == value.dtype, f"{name} is {got[name].dtype}, not {value.dtype}"
-            assert torch.equal(got[name], value), f"{name} differs by {difference(got[name], value):g}"
-
-
-def difference(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).abs().max()) if one.shape == other.shape else float("inf")
+        assert got[name].dtype == value.dtype, f"{name} is {got[name].dtype}, not {value.dtype}"
+        assert got[name].shape == value.shape, f"{name} is {list(got[name].shape)}, not {list(value.shape)}"
+        same = got[name].allclose(value, **tolerance) if tolerance else got[name].equal(value)
+        assert same, f"{name} differs by {float((got[name].double() - value.double()).abs().max()):g}"
 
 
 def assert_equal(got: Result, expected: Result, **tolerance: float) -> None:
