@@ -1,9 +1,7 @@
 """What every rank does in test_lucidrains_ranks.py; run as a program: rank, world size, meeting file, output."""
 
-import sys
-
+import ranks
 import torch
-import torch.distributed as dist
 
 from vqkernels.dropin.lucidrains import ResidualVQ, VectorQuantize
 
@@ -28,7 +26,7 @@ def build() -> dict[str, torch.nn.Module]:
     return layers
 
 
-def run(rank: int, world: int, layers: dict[str, torch.nn.Module]) -> dict[str, dict[str, torch.Tensor]]:
+def trained(rank: int, world: int, layers: dict[str, torch.nn.Module]) -> dict[str, dict[str, torch.Tensor]]:
     """States after some steps, in which ranks have uneven shares of one batch, and random numbers of their own."""
     torch.manual_seed(rank)
     for number, shares in enumerate(SHARES[world]):
@@ -39,9 +37,11 @@ def run(rank: int, world: int, layers: dict[str, torch.nn.Module]) -> dict[str, 
     return {name: layer.state_dict() for name, layer in layers.items()}
 
 
+def run(rank: int, world: int, meeting: str = "") -> dict[str, dict[str, torch.Tensor]]:
+    layers = build()  # before the process group, as training frameworks do
+    with ranks.joined(rank, world, meeting):
+        return trained(rank, world, layers)
+
+
 if __name__ == "__main__":
-    place, size, meeting, output = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    built = build()  # before the process group, as training frameworks do
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=place, world_size=size)
-    torch.save(run(place, size, built), output)
-    dist.destroy_process_group()
+    ranks.main(run)

@@ -1,44 +1,14 @@
 """Two gloo processes whose layers were built before the process group, where the peer no longer shares statistics."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from dropin import lucidrains_ranks
-
-import vqkernels
-
-SECONDS = 120  # a hang is a failure, not a wait
+from ranks import start
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {
-        "PYTHONPATH": str(Path(vqkernels.__file__).parents[1]),
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-    }
-    program = [sys.executable, lucidrains_ranks.__file__]
-    processes = [
-        subprocess.Popen(
-            [*program, str(rank), "2", str(folder / "meeting"), str(folder / f"{rank}.pt")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return start(lucidrains_ranks.__file__, 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow
@@ -50,7 +20,7 @@ def test_ranks_hold_the_same_bits(name, ranks):
 
 @pytest.mark.slow
 def test_ranks_together_are_one_process_with_the_joined_batch(ranks):
-    alone = lucidrains_ranks.run(0, 1, lucidrains_ranks.build())
+    alone = lucidrains_ranks.run(0, 1)
     for name in ("ema", "heads"):
         for key, value in alone[name].items():
             torch.testing.assert_close(ranks[0][name][key], value, rtol=1e-5, atol=1e-6)

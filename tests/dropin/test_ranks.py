@@ -3,15 +3,10 @@
 Run as a program it is one of the processes: rank, world size, meeting file, output.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 
-import vqkernels
 from vqkernels.dropin.encodec import EuclideanCodebook
 from vqkernels.dropin.rosinality import Quantize
 
@@ -38,24 +33,7 @@ def trained(layers: dict[str, torch.nn.Module], rank: int, world: int) -> dict[s
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
-    environment = {
-        "PYTHONPATH": str(Path(vqkernels.__file__).parents[1]),
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-    }
-    program = [sys.executable, __file__]
-    arguments = [[str(r), "2", str(tmp_path / "meeting"), str(tmp_path / f"{r}.pt")] for r in range(2)]
-    processes = [
-        subprocess.Popen([*program, *a], env=environment, stderr=subprocess.PIPE, text=True) for a in arguments
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=150)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    first, second = ranks.start(__file__, 2, tmp_path)
     alone = trained(built(), 0, 1)
     assert first.keys() == second.keys() == alone.keys()
     for key, value in first.items():
@@ -65,9 +43,11 @@ def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
     assert first["encodec from data.inited"].item() == 1 and first["encodec from data.embed"].isfinite().all()
 
 
-if __name__ == "__main__":
+def run(rank: int, world: int, meeting: str) -> dict[str, torch.Tensor]:
     early = built()
-    rank, world = int(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
-    torch.save(trained(early, rank, world), sys.argv[4])
-    dist.destroy_process_group()
+    with ranks.joined(rank, world, meeting):
+        return trained(early, rank, world)
+
+
+if __name__ == "__main__":
+    ranks.main(run)

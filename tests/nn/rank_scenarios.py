@@ -3,9 +3,9 @@
 Each scenario is a function of (rank, world size) that returns tensors; in a world of one it computes the joined batch.
 """
 
-import sys
 from functools import partial
 
+import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -166,13 +166,9 @@ LOCAL = {"FSDP2, gradient": {"quantizer.counts"}}
 def run(rank: int, world: int, meeting: str = "") -> dict[str, dict[str, torch.Tensor]]:
     torch.set_num_threads(1)
     BUILT_EARLY.update({name: build(name) for name in LAYERS})
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    results = {name: scenario(rank, world) for name, scenario in SCENARIOS.items()}
-    if world > 1:
-        dist.destroy_process_group()
-    return results
+    with ranks.joined(rank, world, meeting):
+        return {name: scenario(rank, world) for name, scenario in SCENARIOS.items()}
 
 
 if __name__ == "__main__":
-    torch.save(run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]), sys.argv[4])
+    ranks.main(run)

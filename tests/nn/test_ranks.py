@@ -1,16 +1,9 @@
 """Several gloo processes against one process on the joined batch; every layer is built before the group exists."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from nn import rank_scenarios
-
-import vqkernels
-
-SECONDS = 150  # a hang is a failure, not a wait
+from ranks import start
 
 
 @pytest.fixture(scope="module")
@@ -21,30 +14,7 @@ def alone():
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
     """What each rank computed."""
-    folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    program = [sys.executable, rank_scenarios.__file__]
-    environment = {
-        "PYTHONPATH": str(Path(vqkernels.__file__).parents[1]),
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [*program, str(rank), str(world), str(folder / "meeting"), str(folder / f"{rank}.pt")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    return start(rank_scenarios.__file__, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 # Without a common batch the ranks draw other rows than one process does; what they share is asserted below.
