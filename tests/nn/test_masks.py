@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vqkernels.nn import VectorQuantizer
+from vqkernels.nn import ResidualVectorQuantizer, SimVQ, VectorQuantizer
 
 
 @pytest.mark.parametrize("shape,channel_dim", [((3, 7, 6), -1), ((3, 6, 7), 1), ((3, 6, 7, 4), 1), ((3, 7, 4, 6), -1)])
@@ -66,7 +66,8 @@ def test_no_rows_at_all(shape, revive, ema_decay, backend):
             dict(mask=torch.ones(2, 6, dtype=torch.bool)),
             "mask must have z's shape without channels, .2, 5., got",
         ),
-        (dict(mask=torch.ones(2, 5)), "mask must be a bool tensor .True: the row counts., got torch.float32"),
+        (dict(mask=torch.ones(2, 5)), "got torch.float32: of a mask of ones and zeros give mask.bool.., of one that is"),
+        (dict(mask=[1, 0]), "mask must be bool .True: the row counts. or integers .non-zero: it counts., got <class"),
         (dict(lengths=torch.tensor([1, 2, 3])), r"lengths must be .2,., one per batch element, got \[3\]"),
         (dict(lengths=torch.tensor([1.0, 2.0])), "lengths must be an int64 or int32 tensor, got torch.float32"),
         (dict(lengths=[1, 2]), "lengths must be an int64 or int32 tensor, got <class 'list'>"),
@@ -75,6 +76,19 @@ def test_no_rows_at_all(shape, revive, ema_decay, backend):
 def test_mistakes_are_one_sentence(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         VectorQuantizer(4, 8)(torch.randn(2, 5, 4), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_an_attention_mask_of_integers_is_the_bool_mask(dtype, backend):
+    z, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    for layer in (
+        VectorQuantizer(4, 8, codebook_dim=2, backend=backend),
+        ResidualVectorQuantizer(4, 8, 2, backend=backend),
+        SimVQ(4, 8, backend=backend),
+    ):
+        layer.eval()
+        for a, b in zip(layer(z, mask=mask.to(dtype)), layer(z, mask=mask.bool()), strict=True):
+            assert a.equal(b)
 
 
 def test_lengths_need_positions():
