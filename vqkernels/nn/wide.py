@@ -36,8 +36,7 @@ class WideBuffers(nn.Module):
         for name, buffer in before.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None and _is_narrow(moved):
-                dtype = torch.promote_types(buffer.dtype, torch.float32)
-                self._buffers[name] = buffer.to(moved.device, dtype)
+                self._buffers[name] = buffer.to(moved.device, torch.float32)
         return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
