@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import vqkernels
 from vqkernels.dropin.encodec import EuclideanCodebook
+from vqkernels.dropin.lucidrains import ResidualVQ
 from vqkernels.dropin.rosinality import Quantize
 
 SHARES = {1: [[40]] * 4, 2: [[20, 20], [37, 3], [40, 0], [0, 40]]}
@@ -21,6 +22,32 @@ LAYERS = {
     "encodec": lambda: EuclideanCodebook(4, 12),
     "encodec from data": lambda: EuclideanCodebook(4, 12, kmeans_init=True),
 }
+
+
+LEFT_OUT = {
+    "rosinality": LAYERS["rosinality"],
+    "encodec from data": LAYERS["encodec from data"],
+    "lucidrains": lambda: ResidualVQ(
+        dim=4,
+        num_quantizers=3,
+        codebook_size=12,
+        kmeans_init=True,
+        threshold_ema_dead_code=2,
+        quantize_dropout=True,
+        sync_codebook=False,
+    ),
+}
+
+
+def learned_alone() -> dict[str, torch.Tensor]:
+    """The states of layers that leave the process group out, after some steps."""
+    torch.manual_seed(3)
+    layers = {name: build() for name, build in LEFT_OUT.items()}
+    for layer in layers.values():
+        layer.synchronise = False  # lucidrains' has an argument
+        for _ in range(4):
+            layer(torch.randn(1, 40, 4))
+    return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
 def built() -> dict[str, torch.nn.Module]:
@@ -36,8 +63,8 @@ def trained(layers: dict[str, torch.nn.Module], rank: int, world: int) -> dict[s
     return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
-@pytest.mark.slow
-def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
+def run_two(tmp_path: Path) -> None:
+    """Runs this file as two processes, which write `0.pt`, `1.pt` and `alone.pt`."""
     environment = {
         "PYTHONPATH": str(Path(vqkernels.__file__).parents[1]),
         "PATH": "/usr/bin:/bin",
@@ -55,6 +82,11 @@ def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
+    run_two(tmp_path)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     alone = trained(built(), 0, 1)
     assert first.keys() == second.keys() == alone.keys()
@@ -65,9 +97,19 @@ def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
     assert first["encodec from data.inited"].item() == 1 and first["encodec from data.embed"].isfinite().all()
 
 
+@pytest.mark.slow
+def test_layers_of_one_rank_alone_leave_the_group_out(tmp_path):
+    run_two(tmp_path)
+    apart = torch.load(tmp_path / "alone.pt", weights_only=True)
+    for key, value in learned_alone().items():
+        torch.testing.assert_close(apart[key], value, msg=lambda m, key=key: f"{key}: {m}")
+
+
 if __name__ == "__main__":
     early = built()
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
     torch.save(trained(early, rank, world), sys.argv[4])
+    if rank == 1:
+        torch.save(learned_alone(), Path(sys.argv[4]).with_name("alone.pt"))
     dist.destroy_process_group()

@@ -11,6 +11,23 @@ from vqkernels import swap_quantizers
 from vqkernels.dropin import dac, encodec, llamagen, lucidrains, pytorch_vqvae, rosinality, taming
 
 D, K = 8, 16
+
+
+def tensors(results) -> list[torch.Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(results) if torch.is_tensor(x)]
+
+
+class Tensors(nn.Module):
+    """The tensors among a model's results: TorchScript takes no None and no float."""
+
+    def __init__(self, model: nn.Module, call=lambda model, x: model(x)) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensors(self.call(self.model, x)))
+
+
 LAYERS = {
     "lucidrains": (lambda: lucidrains.VectorQuantize(D, K), (2, 20, D), 1),
     "projected heads": (lambda: lucidrains.VectorQuantize(D, K, codebook_dim=3, heads=2), (2, 20, D), 1),
@@ -31,27 +48,17 @@ LAYERS = {
     "dac": (lambda: dac.VectorQuantize(D, K, 3), (2, D, 20), -1),
     "taming": (lambda: taming.VectorQuantizer2(K, D, 0.25), (2, D, 4, 6), -1),
     "llamagen": (lambda: llamagen.VectorQuantizer(K, D, 0.25, 0.0, True, True), (2, D, 4, 6), -1),
+    "codes straight through": (
+        lambda: Tensors(nn.Embedding(K, D), lambda codes, x: pytorch_vqvae.vq_st(x, codes.weight)),
+        (2, 20, D),
+        1,
+    ),
     "pytorch_vqvae": (lambda: pytorch_vqvae.VQEmbedding(K, D), (2, D, 4, 6), -1),
 }
 
 
-def tensors(results) -> list[torch.Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(results) if torch.is_tensor(x)]
-
-
-class Tensors(nn.Module):
-    """The tensors among a model's results: TorchScript takes no None and no float."""
-
-    def __init__(self, model: nn.Module, call=lambda model, x: model(x)) -> None:
-        super().__init__()
-        self.model, self.call = model, call
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(tensors(self.call(self.model, x)))
-
-
 def saved_and_loaded(module: nn.Module, x: torch.Tensor) -> nn.Module:
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(module, (x,), check_trace=False)
         file = io.BytesIO()

@@ -24,7 +24,8 @@ def vq_st(inputs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
     The gradient of the codes reaches the rows unchanged (straight through), and the codebook at the codes chosen.
     """
-    if torch.is_grad_enabled() and (inputs.requires_grad or codebook.requires_grad):
+    recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    if recorded and (inputs.requires_grad or codebook.requires_grad):
         quantized, indices, _ = _StraightThrough.apply(inputs, codebook)
         return quantized, indices
     quantized, indices, _, _ = vector_quantize(inputs, codebook)
