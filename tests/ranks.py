@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 import vqkernels
 
-SECONDS = 150  # for a whole program: a hang is a failure, not a wait
-PATIENCE = timedelta(seconds=10)  # for one collective
+SECONDS = 300  # for a whole program: a hang is a failure, not a wait
+PATIENCE = timedelta(seconds=60)  # for one collective
 
 
 def start(program: str, world: int, folder: Path, *arguments: str) -> list[Any]:

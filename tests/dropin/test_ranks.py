@@ -8,6 +8,7 @@ import ranks
 import torch
 
 from vqkernels.dropin.encodec import EuclideanCodebook
+from vqkernels.dropin.lucidrains import ResidualVQ
 from vqkernels.dropin.rosinality import Quantize
 
 SHARES = {1: [[40]] * 4, 2: [[20, 20], [37, 3], [40, 0], [0, 40]]}
@@ -16,6 +17,32 @@ LAYERS = {
     "encodec": lambda: EuclideanCodebook(4, 12),
     "encodec from data": lambda: EuclideanCodebook(4, 12, kmeans_init=True),
 }
+
+
+LEFT_OUT = {
+    "rosinality": LAYERS["rosinality"],
+    "encodec from data": LAYERS["encodec from data"],
+    "lucidrains": lambda: ResidualVQ(
+        dim=4,
+        num_quantizers=3,
+        codebook_size=12,
+        kmeans_init=True,
+        threshold_ema_dead_code=2,
+        quantize_dropout=True,
+        sync_codebook=False,
+    ),
+}
+
+
+def learned_alone() -> dict[str, torch.Tensor]:
+    """The states of layers that leave the process group out, after some steps."""
+    torch.manual_seed(3)
+    layers = {name: build() for name, build in LEFT_OUT.items()}
+    for layer in layers.values():
+        layer.synchronise = False  # lucidrains' has an argument
+        for _ in range(4):
+            layer(torch.randn(1, 40, 4))
+    return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
 def built() -> dict[str, torch.nn.Module]:
@@ -31,9 +58,15 @@ def trained(layers: dict[str, torch.nn.Module], rank: int, world: int) -> dict[s
     return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What two processes learned, together and alone."""
+    return ranks.start(__file__, 2, tmp_path_factory.mktemp("ranks"))
+
+
 @pytest.mark.slow
-def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
-    first, second = ranks.start(__file__, 2, tmp_path)
+def test_two_processes_agree_with_one_on_the_joined_batch(two):
+    first, second = (rank["joined"] for rank in two)
     alone = trained(built(), 0, 1)
     assert first.keys() == second.keys() == alone.keys()
     for key, value in first.items():
@@ -43,10 +76,17 @@ def test_two_processes_agree_with_one_on_the_joined_batch(tmp_path):
     assert first["encodec from data.inited"].item() == 1 and first["encodec from data.embed"].isfinite().all()
 
 
-def run(rank: int, world: int, meeting: str) -> dict[str, torch.Tensor]:
+@pytest.mark.slow
+def test_layers_of_one_rank_alone_leave_the_group_out(two):
+    apart = two[1]["alone"]
+    for key, value in learned_alone().items():
+        torch.testing.assert_close(apart[key], value, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def run(rank: int, world: int, meeting: str) -> dict[str, dict[str, torch.Tensor]]:
     early = built()
     with ranks.joined(rank, world, meeting):
-        return trained(early, rank, world)
+        return {"joined": trained(early, rank, world), "alone": learned_alone() if rank == 1 else {}}
 
 
 if __name__ == "__main__":
