@@ -10,7 +10,9 @@ DRAWN = "every process draws for its own rows: the draws are not those of one pr
 OLD_WEIGHT_NORM = "torch cannot deep-copy a module with the old weight_norm after a forward; the peer's layer neither"
 LEARNS_WITHOUT_GRAD = "learns in every training forward, also under no_grad, as the peer does"
 BOOL_FLAG = "the peer's flag is bool, which the averages do not take: the first k-means runs again"
-SHARDED_PARAMETER = "FSDP2 drops what a forward writes into a Parameter: it needs moving averages"
+SHARDED_PARAMETER = (
+    "a Parameter that FSDP shards keeps nothing that a forward writes into it: this needs moving averages"
+)
 
 # (wrapper, cell), both patterns of fnmatch -> why the result is not the plain run's.
 DIFFERENCES = {
@@ -30,23 +32,24 @@ DIFFERENCES = {
     ("update_bn", "LlamaGen *"): "remembers the codes of every training forward, as the peer does",
     ("one rank and another", "LlamaGen *"): "every rank remembers the codes of its own rows, as the peer does",
     ("DDP*", "LlamaGen *"): "every rank remembers the codes of its own rows, as the peer does",
-    ("FSDP2", "LlamaGen *"): "every rank remembers the codes of its own rows, as the peer does",
+    ("FSDP[12]", "LlamaGen *"): "every rank remembers the codes of its own rows, as the peer does",
     ("distributed checkpoint, two ranks", "LlamaGen *"): "every rank remembers the codes of its own rows",
     **{
         (wrapper, f"{layer}, {mode}"): DRAWN
-        for wrapper in ("DDP*", "FSDP2")
+        for wrapper in ("DDP*", "FSDP[12]")
         for layer, mode in (
             ("*VectorQuantize*", "temperature*"),
             ("*VectorQuantizer*", "dropout*"),
-            ("lucidrains *", "dropout"),
             ("lucidrains *", "revival"),
             ("DAC *", "dropout"),
         )
     },
+    ("DDP", "lucidrains *, dropout"): DRAWN,
+    ("FSDP[12]", "lucidrains *, dropout"): DRAWN,
     ("DDP", "EnCodec *, k-means"): "rank 0 starts the codes from its own rows, as the peer does",
-    ("FSDP2", "EnCodec *, k-means"): "rank 0 starts the codes from its own rows, as the peer does",
-    ("FSDP2", "*, k-means, gradient"): SHARDED_PARAMETER,
-    ("FSDP2", "*, revival, gradient"): SHARDED_PARAMETER,
+    ("FSDP[12]", "EnCodec *, k-means"): "rank 0 starts the codes from its own rows, as the peer does",
+    ("FSDP[12]", "*, k-means, gradient"): SHARDED_PARAMETER,
+    ("FSDP[12]", "*, revival, gradient"): SHARDED_PARAMETER,
 }
 
 
