@@ -94,8 +94,8 @@ def refuse_nested(name: str, x: Tensor) -> None:
     """A nested tensor has no rows of one shape."""
     if x.is_nested:
         raise TypeError(
-            f"{name} must be a dense tensor, got a nested one: pad it (torch.nested.to_padded_tensor(x, 0.0)), and give "
-            "a layer the lengths, or a function a mask of the rows that count"
+            f"{name} must be a dense tensor, got a nested one: pad it (torch.nested.to_padded_tensor(x, 0.0)), and "
+            "give a layer the lengths, or a function a mask of the rows that count"
         )
 
 

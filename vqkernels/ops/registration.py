@@ -85,8 +85,8 @@ def _outside_onnx(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any) -> Any:
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError(
-                f"ONNX has nothing for vqkernels::{name}: give torch.onnx.export the model in eval mode, or the program "
-                "after .run_decompositions(vqkernels.nn.export.decompositions())"
+                f"ONNX has nothing for vqkernels::{name}: give torch.onnx.export the model in eval mode, or the "
+                "program after .run_decompositions(vqkernels.nn.export.decompositions())"
             )
         return fake(*arguments)
 
@@ -96,6 +96,6 @@ def _outside_onnx(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_vmap(*_: Any) -> None:
     """What the operators say to a batch of calls."""
     raise RuntimeError(
-        "vqkernels does not support torch.vmap: give the rows of all of them as leading axes of z, and one codebook for "
-        "each as codebooks (H, K, D) with z (H, ..., D)"
+        "vqkernels does not support torch.vmap: give the rows of all of them as leading axes of z, and one codebook "
+        "for each as codebooks (H, K, D) with z (H, ..., D)"
     )
