@@ -154,11 +154,12 @@ def test_codes_and_averages_given_by_hand_count_once(reentrant):
     torch.testing.assert_close(other.state_dict(), layer.state_dict())
 
 
-def test_gradients_accumulated_for_the_averages_are_taken_in_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_accumulated_for_the_averages_are_taken_in_once(reentrant):
     layer = VectorQuantize(D, K, decay=0.5)
     other = copy.deepcopy(layer)
     x = torch.randn(SEQUENCE)
-    for one, call in ((layer, lambda f, x: f(x)), (other, partial(checkpoint, use_reentrant=False))):
+    for one, call in ((layer, lambda f, x: f(x)), (other, partial(checkpoint, use_reentrant=reentrant))):
         for accumulate in (True, False):
             call(lambda x: one(x, accum_ema_update=accumulate)[2], x.clone().requires_grad_()).backward()  # noqa: B023
     torch.testing.assert_close(other.state_dict(), layer.state_dict())

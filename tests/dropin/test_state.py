@@ -153,9 +153,12 @@ STATISTICS = {
 def made_under_bfloat16(build):
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return build().float()  # the Parameters, which follow the default
+        layer = build()
     finally:
         torch.set_default_dtype(torch.float32)
+    for parameter in layer.parameters():  # which follow the default
+        parameter.data = parameter.data.float()
+    return layer
 
 
 NARROWED = {
