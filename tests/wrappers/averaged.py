@@ -3,10 +3,11 @@
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from wrappers.cells import Model, build
-from wrappers.steps import STEPS, Result, batch, result, snapshot, train
+from wrappers.steps import STEPS, Result, batch, result, snapshot, train, without_metrics
 
 
 class Averages:
@@ -95,7 +96,7 @@ def floating(whole: Result) -> Result:
 
 def moved_by_update_bn(wrapper: nn.Module, module: Model) -> dict[str, float]:
     """How far each tensor of the layer moves when the batch normalisation's statistics are taken anew."""
-    before = snapshot(module.quantizer)
+    before = without_metrics(snapshot(module.quantizer))
     update_bn([batch(step) for step in range(STEPS)], wrapper)
     after = snapshot(module.quantizer)
     return {name: float((after[name].double() - value.double()).abs().max()) for name, value in before.items()}

@@ -93,6 +93,11 @@ def result(model: nn.Module, outputs: list[Tensor], call: Callable[[Tensor], Any
     return Result(outputs + evaluate(model, call), state)
 
 
+def without_metrics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the counts of the last forward, which say how it used the codes and decide nothing."""
+    return {name: value for name, value in state.items() if name.rpartition(".")[2] != "counts"}
+
+
 @cache
 def plain(cell: str) -> Result:
     """Of the model as it is."""

@@ -1,4 +1,4 @@
-"""Every layer in every mode on two gloo processes: DDP with default arguments, FSDP1 and FSDP2, distributed checkpoints.
+"""Every layer in every mode on two gloo processes: default DDP, FSDP1, FSDP2, distributed checkpoints.
 
 One test is one program for all cells, as processes take their time to start; it names every cell that fails.
 """

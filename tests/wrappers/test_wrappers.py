@@ -42,7 +42,9 @@ def test_update_bn_moves_no_code(name, cell):
         assert set(moved.values()) <= {0.0}, moved
 
 
-@pytest.mark.parametrize(("name", "cell"), cells.grid(averaged.AVERAGES, among="*k-means*"))
+@pytest.mark.parametrize(
+    ("name", "cell"), cells.grid(averaged.AVERAGES, among=[cell for cell in cells.CELLS if "k-means" in cell])
+)
 def test_training_on_from_an_averaged_model_keeps_its_codes(name, cell):
     """A flag of the first k-means that no average holds would start the codes anew."""
     with reason(f"training on from {name}", cell):
