@@ -1,4 +1,4 @@
-# `make demo` for a first look, `make test` for people, `make test-all` for CI. Everything lives in .venv; the tests of
+# `make demo` for a first look, `make test` for people, `make test-all` for everything, once. All lives in .venv; the tests of
 # the Triton kernels, which need its interpreter, an older numpy and no GPU, run from the source tree in .venv-triton.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,12 @@ READY := $(VENV)/.ready
 TRITON_VENV := .venv-triton
 TRITON_BIN := $(TRITON_VENV)/bin
 TRITON_READY := $(TRITON_VENV)/.ready
-TRITON_TESTS := tests/backends/triton tests/benchmarks
+TRITON_TESTS := tests/backends/triton $(shell grep -l 'importorskip("triton")' tests/benchmarks/test_*.py)
+# The tests in which torch's own convolutions and matrix products compute: they round differently from CPU to CPU.
+ROUNDING_TESTS := tests/models tests/training tests/cli tests/nn tests/dropin
+# Two other CPUs than this one, by the instructions that torch and its libraries may use.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1
 DEMO := runs/demo
 # With nvcc at hand the CUDA kernels are built too, for one GPU: the tests' torch is without CUDA, and the library must
 # load and compute on the CPU all the same. FORCE_CUDA=0 leaves them out.
@@ -15,7 +20,8 @@ NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $
 export FORCE_CUDA ?= $(if $(NVCC),1,0)
 export TORCH_CUDA_ARCH_LIST ?= 9.0a
 
-.PHONY: demo test test-all test-triton test-triton-all lint instructions clean
+.PHONY: demo test test-slow test-cpus test-all test-triton test-triton-slow lint instructions clean
+.NOTPARALLEL:
 
 # Torch first and pinned: the build compiles against it, and a bare `torch` would bring gigabytes of CUDA.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
@@ -41,18 +47,24 @@ lint: $(READY)
 test: lint test-triton
 	$(BIN)/pytest -n auto -m "not slow"
 
-test-all: lint test-triton-all
-	$(BIN)/pytest -n auto
+test-slow: test-triton-slow
+	$(BIN)/pytest -n auto -m slow
+
+test-cpus: $(READY)
+	$(AVX2) $(BIN)/pytest -n auto -m "not slow" $(ROUNDING_TESTS)
+	$(OLDEST) $(BIN)/pytest -n auto -m "not slow" $(ROUNDING_TESTS)
+
+test-all: test test-slow test-cpus
 
 # One worker per file: the files that compile share what they compiled. Triton has wheels for Linux alone.
 ifeq ($(shell uname -s),Linux)
 test-triton: $(READY) $(TRITON_READY)
 	PYTHONPATH=$(CURDIR) $(TRITON_BIN)/pytest -n auto --dist loadfile -m "not slow" $(TRITON_TESTS)
 
-test-triton-all: $(READY) $(TRITON_READY)
-	PYTHONPATH=$(CURDIR) $(TRITON_BIN)/pytest -n auto --dist loadfile $(TRITON_TESTS)
+test-triton-slow: $(READY) $(TRITON_READY)
+	PYTHONPATH=$(CURDIR) $(TRITON_BIN)/pytest -n auto --dist loadfile -m slow $(TRITON_TESTS)
 else
-test-triton test-triton-all:
+test-triton test-triton-slow:
 	@echo "the Triton tests run on Linux: skipped"
 endif
 

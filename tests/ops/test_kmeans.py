@@ -6,6 +6,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqkernels as vq
+from vqkernels.ops import merging
 from vqkernels.ops.kmeans import cluster, kmeans, kmeans_init
 from vqkernels.ops.merging import merge_clusters
 from vqkernels.ops.seeding import seed_codes
@@ -78,10 +79,12 @@ def test_the_seeds_are_drawn_like_those_of_k_means_plus_plus():
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-def test_merging_equals_ward_one_pair_at_a_time():
-    means, counts = torch.randn(60, 4, dtype=torch.float64), torch.randint(1, 20, (60,))
+@pytest.mark.parametrize("wanted", [1, 17, 40, 59, 60])
+@pytest.mark.parametrize("dim", [1, 4, 64])
+def test_merging_equals_ward_one_pair_at_a_time(dim, wanted):
+    means, counts = torch.randn(60, dim, dtype=torch.float64), torch.randint(1, 20, (60,))
     left = [(mean, float(count)) for mean, count in zip(means, counts, strict=True)]
-    while len(left) > 17:
+    while len(left) > wanted:
         cost, i, j = min(
             (float((a - b).square().sum()) * n * m / (n + m), i, j)
             for i, (a, n) in enumerate(left)
@@ -89,13 +92,33 @@ def test_merging_equals_ward_one_pair_at_a_time():
         )
         (a, n), (b, m) = left[i], left[j]
         left = [pair for k, pair in enumerate(left) if k not in (i, j)] + [((n * a + m * b) / (n + m), n + m)]
-    expected = sum(float(mean.square().sum()) * count for mean, count in left)
-    found = merge_clusters(means, counts, 17)
-    # the cost of a partition is a constant less the sum of n |c|^2, so that both must keep as much of it
-    owner = torch.cdist(means, found).argmin(1)
-    weight = torch.zeros(17, dtype=torch.float64).index_add(0, owner, counts.double())
-    assert len(found) == 17
-    assert float((found.square().sum(1) * weight).sum()) > 0.97 * expected
+    expected, found = torch.stack([mean for mean, _ in left]), merge_clusters(means, counts, wanted)
+    torch.testing.assert_close(found[found[:, 0].argsort()], expected[expected[:, 0].argsort()])
+
+
+def _clusters(kind, count, dim):
+    if kind == "noise":
+        return torch.randn(count, dim, dtype=torch.float64)
+    if kind == "blobs":
+        return blobs(count, count // 8, dim).double()
+    return torch.eye(count, dtype=torch.float64)  # all distances are equal
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("noise", 2), ("noise", 16), ("noise", 128), ("blobs", 16), ("equal", 256)])
+def test_merging_searches_for_few_partners_more_than_once(kind, dim, monkeypatch):
+    """All rounds together compute a small multiple of the costs of one: what was not merged keeps its partner."""
+    count = 256 if kind == "equal" else 1024
+    search, asked, costs = merging._cheapest_partners, [], []
+
+    def counted(means, counts, rows):
+        asked.append(len(rows))
+        costs.append(len(rows) * len(means))
+        return search(means, counts, rows)
+
+    monkeypatch.setattr(merging, "_cheapest_partners", counted)
+    merge_clusters(_clusters(kind, count, dim), torch.ones(count), count // 2)
+    assert sum(asked) < 4 * count and sum(costs) < 3 * count**2
+    assert len(asked) < (count // 2 if kind == "equal" else 100)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(backend, threads):
