@@ -29,6 +29,7 @@ DIFFERENCES = {
         for layer in ("lucidrains *", "EnCodec *", "rosinality *")
         for mode in ("EMA", "manual EMA", "k-means", "revival", "temperature", "dropout")
     },
+    ("compile around checkpoint", "*, k-means*"): "Dynamo allows no change of an attribute inside of a checkpoint",
     ("update_bn", "LlamaGen *"): "remembers the codes of every training forward, as the peer does",
     ("one rank and another", "LlamaGen *"): "every rank remembers the codes of its own rows, as the peer does",
     ("DDP*", "LlamaGen *"): "every rank remembers the codes of its own rows, as the peer does",

@@ -94,8 +94,9 @@ def result(model: nn.Module, outputs: list[Tensor], call: Callable[[Tensor], Any
 
 
 def without_metrics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the counts of the last forward, which say how it used the codes and decide nothing."""
-    return {name: value for name, value in state.items() if name.rpartition(".")[2] != "counts"}
+    """Without the counts of the last forward, which decide nothing, and the counters of draws: no draw comes twice."""
+    apart = {"counts", "sample_steps", "dropout_steps"}
+    return {name: value for name, value in state.items() if name.rpartition(".")[2] not in apart}
 
 
 @cache

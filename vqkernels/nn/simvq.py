@@ -15,9 +15,10 @@ from .lookup import check_indices, look_up
 from .masks import row_mask
 from .projection import channels_at, project_codes
 from .synchronisation import Ranks
+from .wide import WideBuffers
 
 
-class SimVQ(nn.Module):
+class SimVQ(WideBuffers):
     """Codes that are one learned linear map of frozen random vectors: every step moves all of them.
 
     Args:

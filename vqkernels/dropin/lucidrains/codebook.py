@@ -75,7 +75,8 @@ class Codebook(FromData):
         if kmeans_init:
             embed = torch.zeros(num_codebooks, codebook_size, dim, dtype=wide_dtype())
         else:
-            embed = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim, dtype=wide_dtype()))
+            embed = torch.empty(num_codebooks, codebook_size, dim, dtype=wide_dtype())
+            nn.init.kaiming_uniform_(embed)  # diffusers' loader replaces it by a function that returns nothing
             embed = F.normalize(embed, dim=-1, eps=TINY) if use_cosine_sim else embed
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self._seen = None if kmeans_init else self.initted
