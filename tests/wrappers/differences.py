@@ -23,7 +23,6 @@ DIFFERENCES = {
     ("AveragedModel, use_buffers", "lucidrains [VR]*"): "torch cannot average bool buffers, and the peer has one",
     ("ema-pytorch", "lucidrains *, k-means"): BOOL_FLAG,
     ("training on from AveragedModel, use_buffers", "lucidrains *"): "torch cannot average bool buffers",
-    ("training on from ema-pytorch", "lucidrains *"): BOOL_FLAG,
     **{
         ("update_bn", f"{layer}, {mode}"): LEARNS_WITHOUT_GRAD
         for layer in ("lucidrains *", "EnCodec *", "rosinality *")

@@ -52,7 +52,10 @@ def test_a_training_forward_without_gradients_changes_nothing(way, cell):
     steps.assert_equal_tensors(steps.without_metrics(steps.snapshot(model)), before)
 
 
-@pytest.mark.parametrize(("way", "cell"), cells.grid(["thawed"], among=OURS))
+# Quantizer dropout goes on in a frozen layer, and its counter with it.
+@pytest.mark.parametrize(
+    ("way", "cell"), cells.grid(["thawed"], among=[cell for cell in OURS if ", dropout" not in cell])
+)
 def test_a_layer_that_is_thawed_trains_as_one_that_never_was_frozen(way, cell):
     model = cells.build(cell)
     model.quantizer.freeze()

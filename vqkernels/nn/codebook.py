@@ -12,7 +12,7 @@ from ..ops.recomputation import as_seen, change, enter
 from . import metrics
 from .draws import count_rows, fill_seed_
 from .ema import ema_update_
-from .freezing import untouched
+from .freezing import Freezable, untouched
 from .heads import Rows
 from .initialisation import initial_codes
 from .loading import explain_keys, explain_sizes
@@ -49,7 +49,7 @@ class Seen(NamedTuple):
     learns: bool | Tensor
 
 
-class TrainedCodebook(WideBuffers):
+class TrainedCodebook(Freezable, WideBuffers):
     """A codebook with its statistics; `VectorQuantizer` is the layer around it and documents the arguments.
 
     State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
@@ -102,7 +102,7 @@ class TrainedCodebook(WideBuffers):
         super().__init__()
         self._axes = axes[-len(shape) :]
         self.ema_decay, self.init, self.revive, self.revive_threshold = ema_decay, init, revive, revive_threshold
-        self.ranks, self.frozen = Ranks(process_group), False
+        self.ranks = Ranks(process_group)
         self._manual, self._cosine, self._given_seed = manual, cosine, seed
         self._candidates = candidates or math.prod(shape[:-2])
         self._tracks_usage = ema_decay is not None or revive != "off"
@@ -165,11 +165,6 @@ class TrainedCodebook(WideBuffers):
         if self.ema_decay is not None:
             self.ema_sums.copy_(self.codes * weight)
 
-    def freeze(self, frozen: bool = True) -> "TrainedCodebook":
-        """Leaves codebook and statistics as they are in every forward from now on; `freeze(False)` lets them learn."""
-        self.frozen = frozen
-        return self
-
     def requires_grad_(self, requires_grad: bool = True) -> "TrainedCodebook":
         """As for every module; False also freezes a codebook that is trained by moving averages.
 
@@ -212,8 +207,8 @@ class TrainedCodebook(WideBuffers):
 
     def _reached(self, quantized: Tensor, loss: Tensor, freeze: bool) -> tuple[Tensor, Tensor]:
         """Results of a forward; those of a frozen one reach the codebook without a gradient, as DDP needs it."""
-        if freeze and self.training and self.codebook.requires_grad and torch.is_grad_enabled():
-            return untouched(quantized, self.codebook), untouched(loss, self.codebook)
+        if freeze and self.training:
+            quantized, loss = untouched(self.codebook, quantized, loss)
         return quantized, loss
 
     def _must_start(self) -> bool:

@@ -5,7 +5,18 @@ results to the Parameter lets it see that the Parameter is done; its `.grad` sta
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Freezable(nn.Module):
+    """A layer whose codebook can be frozen; `frozen` holds in every forward, for copies and pickles too."""
+
+    frozen = False
+
+    def freeze(self, frozen: bool = True) -> "Freezable":
+        """Leaves codebook and statistics as they are in every forward from now on; `freeze(False)` lets them learn."""
+        self.frozen = frozen
+        return self
 
 
 class _Untouched(torch.autograd.Function):
@@ -22,6 +33,8 @@ class _Untouched(torch.autograd.Function):
         return gradient, None
 
 
-def untouched(x: Tensor, parameter: Tensor) -> Tensor:
-    """x, with an edge to `parameter` along which no gradient flows."""
-    return _Untouched.apply(x, parameter)
+def untouched(parameter: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+    """Results of a forward, with an edge to `parameter` along which no gradient flows."""
+    if not (parameter.requires_grad and torch.is_grad_enabled()):
+        return results
+    return tuple(_Untouched.apply(x, parameter) for x in results)

@@ -11,6 +11,7 @@ from ..ops.quantize import quantize_with_statistics
 from ..ops.recomputation import change, enter
 from . import metrics
 from .checks import check_channels, check_int, check_number, check_size
+from .freezing import Freezable, untouched
 from .lookup import check_indices, look_up
 from .masks import row_mask
 from .projection import channels_at, project_codes
@@ -18,7 +19,7 @@ from .synchronisation import Ranks
 from .wide import WideBuffers
 
 
-class SimVQ(WideBuffers):
+class SimVQ(Freezable, WideBuffers):
     """Codes that are one learned linear map of frozen random vectors: every step moves all of them.
 
     Args:
@@ -80,14 +81,17 @@ class SimVQ(WideBuffers):
         return project_codes(self.transform, self.basis)
 
     def forward(
-        self, z: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None
+        self, z: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None, freeze: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes z; arguments and results as in `VectorQuantizer.forward`, loss = codebook + beta * commitment."""
         channel_dim = check_channels(z, self.dim, self.channel_dim)
-        seen = enter(self.basis, z, []) if self.training else None
+        freeze = freeze or self.frozen
+        if self.training:
+            self.widen_buffers()
+        seen = enter(self.basis, z, []) if self.training and not freeze else None
         result = quantize_with_statistics(
             z,
-            self.codes,
+            self.codes.detach() if freeze else self.codes,
             mask=row_mask(z, channel_dim, mask, lengths),
             gradient=self.gradient,
             precision=self.precision,
@@ -97,7 +101,10 @@ class SimVQ(WideBuffers):
         )
         if seen is not None and seen.learns is not False:
             change(seen.learns, [self.counts], lambda: self._count(result.counts[0]))
-        return result.quantized, result.indices, result.codebook_loss + self.beta * result.commitment_loss
+        quantized, loss = result.quantized, result.codebook_loss + self.beta * result.commitment_loss
+        if freeze and self.training:
+            quantized, loss = untouched(self.transform.weight, quantized, loss)
+        return quantized, result.indices, loss
 
     @torch.no_grad()
     def _count(self, counts: Tensor) -> None:
