@@ -66,7 +66,10 @@ def test_no_rows_at_all(shape, revive, ema_decay, backend):
             dict(mask=torch.ones(2, 6, dtype=torch.bool)),
             "mask must have z's shape without channels, .2, 5., got",
         ),
-        (dict(mask=torch.ones(2, 5)), "got torch.float32: of a mask of ones and zeros give mask.bool.., of one that is"),
+        (
+            dict(mask=torch.ones(2, 5)),
+            "got torch.float32: of a mask of ones and zeros give mask.bool.., of one that is",
+        ),
         (dict(mask=[1, 0]), "mask must be bool .True: the row counts. or integers .non-zero: it counts., got <class"),
         (dict(lengths=torch.tensor([1, 2, 3])), r"lengths must be .2,., one per batch element, got \[3\]"),
         (dict(lengths=torch.tensor([1.0, 2.0])), "lengths must be an int64 or int32 tensor, got torch.float32"),

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-
 from nn.test_export import CONFIGURATIONS, trained
+
 from vqkernels.nn import SimVQ
 
 LAYERS = [*CONFIGURATIONS, "simvq"]

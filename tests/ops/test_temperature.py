@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from ops.entropy_gradients import scalar
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vqkernels as vq
-from ops.entropy_gradients import scalar
 
 VALUES = [0.1 * 1.3**i for i in range(20)]
 

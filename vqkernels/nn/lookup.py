@@ -5,10 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-_INTEGERS = tuple(
-    getattr(torch, name) for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32")
-)
+_INTEGERS = tuple(getattr(torch, name) for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32"))
 
 
 def check_indices(indices: Any, codebook_size: int, heads: int, check: bool) -> Tensor:

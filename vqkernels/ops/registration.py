@@ -17,7 +17,9 @@ import torch
 from ..backends.cuda.registration import OPERATORS as CUDA_OPERATORS
 
 _library = torch.library.Library("vqkernels", "DEF")
-PLAIN: dict[torch._ops.OpOverload, Callable[..., Any]] = {}  # what each operator of a layer in eval mode decomposes into
+PLAIN: dict[
+    torch._ops.OpOverload, Callable[..., Any]
+] = {}  # what each operator of a layer in eval mode decomposes into
 
 
 class Operation:
@@ -58,7 +60,7 @@ class Operation:
             return self._plain(*arguments)
         if tracing and backend in self._traced:
             return self._traced[backend](*arguments)
-        if backend == "cuda":
+        if backend == "cuda" and self.cuda is not None:
             return self.cuda(*arguments)
         return self.eager(*arguments) if backend == "eager" else self.kernel(*arguments)
 
@@ -83,8 +85,8 @@ def _outside_onnx(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any) -> Any:
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError(
-                f"ONNX has nothing for vqkernels::{name}: give torch.onnx.export the model in eval mode, or the program "
-                "after .run_decompositions(vqkernels.nn.export.decompositions())"
+                f"ONNX has nothing for vqkernels::{name}: give torch.onnx.export the model in eval mode, or the "
+                "program after .run_decompositions(vqkernels.nn.export.decompositions())"
             )
         return fake(*arguments)
 
@@ -94,6 +96,6 @@ def _outside_onnx(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_vmap(*_: Any) -> None:
     """What the operators say to a batch of calls."""
     raise RuntimeError(
-        "vqkernels does not support torch.vmap: give the rows of all of them as leading axes of z, and one codebook for "
-        "each as codebooks (H, K, D) with z (H, ..., D)"
+        "vqkernels does not support torch.vmap: give the rows of all of them as leading axes of z, and one codebook "
+        "for each as codebooks (H, K, D) with z (H, ..., D)"
     )

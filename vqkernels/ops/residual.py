@@ -94,8 +94,8 @@ def _forward(
 class ResidualVectorQuantizeFunction(FusedFunction):
     """One fused forward operator, one fused backward operator, whatever the number of levels.
 
-    Saves z, the codebooks and a copy of the indices, which the caller may overwrite; the residuals are computed again in
-    the backward pass.
+    Saves z, the codebooks and a copy of the indices, which the caller may overwrite; the residuals are computed again
+    in the backward pass.
     """
 
     @staticmethod

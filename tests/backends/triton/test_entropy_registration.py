@@ -24,7 +24,9 @@ def test_every_layout(layout, masked, operators, device):
     z, channel_dim, codebook, mask = inputs(layout, masked, device)
     heads = None if codebook.dim() == 2 else len(codebook)
     given = (z, codebook, mask)
-    sample, usage, own, partition, mean = operators.entropy(*given, channel_dim, "euclidean", torch.tensor(0.9).double())
+    sample, usage, own, partition, mean = operators.entropy(
+        *given, channel_dim, "euclidean", torch.tensor(0.9).double()
+    )
     grads = torch.full((heads or 1,), 0.5, device=device), torch.full((heads or 1,), -2.0, device=device)
     grad_z, grad_codebook = operators.entropy_backward(
         *grads, *given, own, partition, mean, channel_dim, "euclidean", torch.tensor(0.9).double(), True
@@ -52,6 +54,8 @@ def test_the_gradient_of_the_codebook_only_on_demand(operators, device):
     z, codebook = torch.randn(7, DIM, device=device), torch.randn(CODES, DIM, device=device)
     kept = operators.entropy(z, codebook, None, 1, "dot", torch.tensor(1.0).double())[2:]
     one = torch.ones(1, device=device)
-    grad_z, none = operators.entropy_backward(one, one, z, codebook, None, *kept, 1, "dot", torch.tensor(1.0).double(), False)
+    grad_z, none = operators.entropy_backward(
+        one, one, z, codebook, None, *kept, 1, "dot", torch.tensor(1.0).double(), False
+    )
     assert grad_z.shape == z.shape
     assert none.shape == (0,)

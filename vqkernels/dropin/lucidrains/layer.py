@@ -19,9 +19,9 @@ from ...nn.heads import Heads, Rows
 from ...nn.keep import keep
 from ...nn.lookup import look_up
 from ...nn.masks import row_mask, zero_masked
-from ...nn.projection import channels_at, project
 from ...nn.normalisation import unit
 from ...nn.orthogonal import orthogonal_loss
+from ...nn.projection import channels_at, project
 from ...ops.quantize import Quantization, quantize_with_statistics
 from ...ops.statistics import codebook_statistics
 from .logits import cross_entropy, draw_codes
