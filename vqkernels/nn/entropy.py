@@ -7,7 +7,7 @@ from .heads import Rows
 
 
 def entropy_penalty(
-    rows: Rows, codes: Tensor, metric: str, weight: float, gamma: float, temperature: Tensor, backend: str
+    rows: Rows, codes: Tensor, metric: str, weight: float, gamma: float, temperature: float | Tensor, backend: str
 ) -> Tensor:
     """`weight * (sample_entropy - gamma * codebook_entropy)`, 0-d, the mean over separate codebooks.
 

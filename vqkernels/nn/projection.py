@@ -9,7 +9,7 @@ def project(linear: nn.Module | None, x: Tensor, channel_dim: int) -> Tensor:
 
 
 def channels_at(x: Tensor, channel_dim: int) -> Tensor:
-    """x `(..., D)` with its channels at `channel_dim`; exporters for ONNX want the axis counted from the front."""
+    """x `(..., D)` with its channels at `channel_dim`, moved from an axis counted from the front, as ONNX wants it."""
     return x.movedim(x.dim() - 1, channel_dim)
 
 

@@ -5,6 +5,7 @@ not checked then.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def check_temperature(temperature: float | Tensor, zero: bool = False) -> Tensor
     elif type(temperature) is bool or not isinstance(temperature, float | int | torch.SymFloat):
         raise ValueError(f"temperature must be {_TEMPERATURES[zero]}, got {temperature!r}")
     if not compiling:
-        value = temperature.tolist() if isinstance(temperature, Tensor) else temperature
+        value: Any = temperature.tolist() if isinstance(temperature, Tensor) else temperature
         if not (0 <= value if zero else 0 < value) or value == math.inf:
             raise ValueError(f"temperature must be {_TEMPERATURES[zero]}, got {value!r}")
     if isinstance(temperature, Tensor):

@@ -60,7 +60,7 @@ class Operation:
             return self._plain(*arguments)
         if tracing and backend in self._traced:
             return self._traced[backend](*arguments)
-        if backend == "cuda":
+        if backend == "cuda" and self.cuda is not None:
             return self.cuda(*arguments)
         return self.eager(*arguments) if backend == "eager" else self.kernel(*arguments)
 

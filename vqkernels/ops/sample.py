@@ -54,7 +54,7 @@ def sample_code(
     Args:
         z, codebook, mask, channel_dim: as in `nearest_code`.
         temperature: a number of at least 0, where 0 gives `nearest_code`; or a 0-d float64 tensor on the CPU, of which
-            one compiled graph serves all values. A compiled graph does not compare the tensor with 0: it raises then.
+            one compiled graph serves all values. A compiled graph does not look whether the tensor is 0, and raises.
         seed: an int, or a 0-d int64 tensor on z's device, which is read on the device: a new value costs neither a
             synchronisation nor a recompilation.
         row_offset: the number of the first row. The draw of a row is a function of (seed, head, row number, row,
