@@ -178,20 +178,27 @@ class TrainedCodebook(Freezable, WideBuffers):
         """Begins a forward: first codes, what it sees of the codebook and of `steps`, what it may do. None in eval."""
         if not self.training:
             return None
-        if self.ema_decay is None and not isinstance(self.codebook, nn.Parameter) and self._tracks_usage:
-            raise RuntimeError(
-                'a codebook that FSDP1 has flattened cannot be written by init="kmeans" or revive="rows": set '
-                "ema_decay, use fully_shard (FSDP2), or leave this layer out with ignored_modules"
-            )
         self.widen_buffers()
         if self._owner.device != self.codebook.device:
             self._forget()
-        if self._learns(freeze) and self._must_start():
+        starts = self._learns(freeze) and self._must_start()
+        if starts or self.revive != "off":
+            self._check_writable()
+        if starts:
             self.initialise(rows, self.metric, self.backend)
         writes = self._learns(freeze) and self._tracks_usage and not self._manual
         reads = [self.codebook] * writes + ([] if steps is None else [steps])
         state, again, learns = enter(self._owner, z, reads)
         return Seen(state[0] if writes else None, None if steps is None else state[-1], again, learns)
+
+    def _check_writable(self) -> None:
+        """Refuses a Parameter that FSDP1 has put into a flat one: it would lose what a forward writes into it."""
+        codebook = self.codebook
+        if self.ema_decay is None and not isinstance(codebook, nn.Parameter) and codebook._is_view():
+            raise RuntimeError(
+                'a codebook that FullyShardedDataParallel (FSDP1) has flattened cannot be written by init="kmeans" or '
+                'revive="rows": set ema_decay, or leave this layer out with ignored_modules'
+            )
 
     def _learns(self, freeze: bool) -> bool:
         """Whether a training forward may change the codes, by itself or through an optimizer."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqkernels.models import VQVAE, Prior
-from vqkernels.nn import metrics
+from vqkernels.nn import CodebookUsage
 from vqkernels.training.config import PriorConfig, VQVAEConfig
 from vqkernels.training.data import ImageData
 from vqkernels.training.images import ImageSet
@@ -69,19 +69,19 @@ class VQVAEStage:
     def evaluate(self) -> dict[str, float]:
         if not len(self.held_out):
             return {}
-        squared, bits, counts = 0.0, 0.0, torch.zeros(self.config.codebook_size, dtype=torch.int64)
+        squared, bits, used = 0.0, 0.0, CodebookUsage(self.config.codebook_size, process_group=False)
         self.model.eval()
         for chunk in chunks(len(self.held_out)):
             x = self.held_out.batch(chunk, self.device)
             reconstruction, indices, _ = self.model(x)
             squared += float((reconstruction - x).square().mean((1, 2, 3)).double().sum())
-            counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
+            used.update(indices)
             if self.model.likelihood is not None:
                 bits += float(self.model.bits_per_dim(x).double().sum())
         self.model.train()
         found = {
             "held_out_reconstruction": squared / len(self.held_out),
-            "held_out_perplexity": float(metrics.perplexity(counts)),
+            "held_out_perplexity": float(used.compute().perplexity),
         }
         if self.model.likelihood is not None:  # with the uniform prior
             found["held_out_bits_per_dim"] = bits / len(self.held_out)
