@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -267,10 +267,14 @@ class TrainedCodebook(Freezable, WideBuffers):
 
     def learn(self, seen: Seen, counts: Tensor, sums: Tensor, rows: Rows) -> None:
         """Takes in the statistics of one training step: counts `(..., K)` and sums like the codebook, of its shape."""
-        state = [self.codebook, *(x for _, x in self.named_buffers(recurse=False) if x is not self.codebook)]
+        change(seen.learns, self._written(), lambda: self._take_in(counts, sums, rows))
+
+    def _written(self) -> Iterator[Tensor]:
+        """What a training forward may write."""
+        yield self.codebook
+        yield from (x for name, x in self.named_buffers(recurse=False) if name != "codebook")
         if self._pending is not None:
-            state += [self._pending.counts, self._pending.sums, *(self._pending.candidates or ())]
-        change(seen.learns, state, lambda: self._take_in(counts, sums, rows))
+            yield from (self._pending.counts, self._pending.sums, *(self._pending.candidates or ()))
 
     def _take_in(self, counts: Tensor, sums: Tensor, rows: Rows) -> None:
         if not (self._tracks_usage and self._learns(False)):

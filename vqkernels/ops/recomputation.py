@@ -11,7 +11,7 @@ in a reentrant one, and in compiled training, where a checkpoint may be part of 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import NamedTuple
 
@@ -176,12 +176,13 @@ def advance(steps: Tensor, again: bool | Tensor) -> None:
 
 
 @torch.no_grad()
-def change(allowed: bool | Tensor, state: list[Tensor], write: Callable[[], None]) -> None:
+def change(allowed: bool | Tensor, state: Iterable[Tensor], write: Callable[[], None]) -> None:
     """Runs `write()`, which changes `state` in place, where that is allowed: decided on the device while compiling."""
     if isinstance(allowed, bool):
         if allowed:
             write()
         return
+    state = list(state)
     before = [x.clone() for x in state]
     write()
     for x, old in zip(state, before, strict=True):
