@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vqkernels.dropin import dac, diffusers, encodec, llamagen, lucidrains, mimi, pytorch_vqvae, rosinality, taming
 from vqkernels.nn import GroupedResidualVectorQuantizer, ResidualVectorQuantizer, SimVQ, VectorQuantizer
@@ -74,7 +73,8 @@ def factorized_stack(layer: nn.Module, z: Tensor) -> Read:
 
 def embedding(layer: nn.Module, z: Tensor) -> Read:
     quantized, codes = layer.straight_through(z)
-    return quantized, layer(z), F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
+    loss = (codes - z.detach()).square().mean() + 0.25 * (z - codes.detach()).square().mean()
+    return quantized, layer(z), loss
 
 
 def tokens(layer: nn.Module, z: Tensor) -> Read:

@@ -18,6 +18,10 @@ SHARDED_PARAMETER = (
 DIFFERENCES = {
     ("deepcopy", "DAC *"): OLD_WEIGHT_NORM,
     ("AveragedModel*", "DAC *"): OLD_WEIGHT_NORM,
+    ("*compile*", "taming VectorQuantizer, *"): "its one-hot matrix is sparse, at which torch.compile breaks the graph",
+    ("*compile*", "lucidrains *, k-means"): "asks on the host whether k-means has run, as the peer does: a graph break",
+    ("*compile*", "lucidrains *, dropout"): "draws levels by Python's generator, as the peer does: a graph break",
+    ("compile around checkpoint", "DAC *"): "the old weight_norm writes an attribute, which no traced checkpoint may",
     ("update_bn", "DAC *"): OLD_WEIGHT_NORM,
     ("ema-pytorch", "DAC *"): OLD_WEIGHT_NORM,
     ("AveragedModel, use_buffers", "lucidrains [VR]*"): "torch cannot average bool buffers, and the peer has one",
