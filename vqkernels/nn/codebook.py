@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.recomputation import as_seen, change, enter
-from . import metrics
 from .draws import count_rows, fill_seed_
 from .ema import ema_update_
 from .freezing import Freezable, untouched
 from .heads import Rows
 from .initialisation import initial_codes
 from .loading import explain_keys, explain_sizes
+from .metrics import Counted
 from .normalisation import unit
 from .revival import (
     Candidates,
@@ -49,7 +49,7 @@ class Seen(NamedTuple):
     learns: bool | Tensor
 
 
-class TrainedCodebook(Freezable, WideBuffers):
+class TrainedCodebook(Counted, Freezable, WideBuffers):
     """A codebook with its statistics; `VectorQuantizer` is the layer around it and documents the arguments.
 
     State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
@@ -68,7 +68,6 @@ class TrainedCodebook(Freezable, WideBuffers):
     metric: str
     backend: str
     codebook: Tensor
-    counts: Tensor
     ema_counts: Tensor
     ema_sums: Tensor
     ema_steps: Tensor
@@ -352,21 +351,6 @@ class TrainedCodebook(Freezable, WideBuffers):
     def codes(self) -> Tensor:
         """The vectors that are looked up, like the codebook: with metric="cosine" its codes at length one."""
         return unit(self.codebook) if self._cosine else self.codebook
-
-    @property
-    def perplexity(self) -> Tensor:
-        """exp of the entropy of the last training step's code frequencies, in [1, K]; 0-d, or (H,) per codebook."""
-        return metrics.perplexity(self.counts)
-
-    @property
-    def usage(self) -> Tensor:
-        """Fraction of codes that the last training step used; 0-d, or (H,) per codebook."""
-        return metrics.usage(self.counts)
-
-    @property
-    def dead_codes(self) -> Tensor:
-        """Number of codes that the last training step did not use, int64; 0-d, or (H,) per codebook."""
-        return metrics.dead_codes(self.counts)
 
     def _forget(self) -> None:
         """Drops what the host remembers of tensors that were filled anew."""

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_size
 from .synchronisation import Ranks
@@ -24,6 +24,27 @@ def usage(counts: Tensor) -> Tensor:
 def dead_codes(counts: Tensor) -> Tensor:
     """Number of codes without a row, int64."""
     return (counts == 0).sum(-1)
+
+
+class Counted(nn.Module):
+    """A layer that counts the rows of each code `(K,)`, or `(H, K)` for H codebooks, in every training step."""
+
+    counts: Tensor
+
+    @property
+    def perplexity(self) -> Tensor:
+        """exp of the entropy of the last training step's code frequencies, in [1, K]; 0-d, or (H,) per codebook."""
+        return perplexity(self.counts)
+
+    @property
+    def usage(self) -> Tensor:
+        """Fraction of codes that the last training step used; 0-d, or (H,) per codebook."""
+        return usage(self.counts)
+
+    @property
+    def dead_codes(self) -> Tensor:
+        """Number of codes that the last training step did not use, int64; 0-d, or (H,) per codebook."""
+        return dead_codes(self.counts)
 
 
 class Usage(NamedTuple):

@@ -9,17 +9,17 @@ from ..backends import registry
 from ..ops.checks import GRADIENTS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
 from ..ops.recomputation import change, enter
-from . import metrics
 from .checks import check_channels, check_int, check_number, check_size
 from .freezing import Freezable, untouched
 from .lookup import check_indices, look_up
 from .masks import row_mask
+from .metrics import Counted
 from .projection import channels_at, project_codes
 from .synchronisation import Ranks
 from .wide import WideBuffers
 
 
-class SimVQ(Freezable, WideBuffers):
+class SimVQ(Counted, Freezable, WideBuffers):
     """Codes that are one learned linear map of frozen random vectors: every step moves all of them.
 
     Args:
@@ -36,7 +36,6 @@ class SimVQ(Freezable, WideBuffers):
     """
 
     basis: Tensor
-    counts: Tensor
 
     def __init__(
         self,
@@ -114,21 +113,6 @@ class SimVQ(Freezable, WideBuffers):
         """Codes of `indices`, laid out like z; as `VectorQuantizer.decode`."""
         indices = check_indices(indices, self.codebook_size, 1, check)
         return channels_at(look_up(self.codes, indices), self.channel_dim)
-
-    @property
-    def perplexity(self) -> Tensor:
-        """exp of the entropy of the last training step's code frequencies, 0-d."""
-        return metrics.perplexity(self.counts)
-
-    @property
-    def usage(self) -> Tensor:
-        """Fraction of codes that the last training step used, 0-d."""
-        return metrics.usage(self.counts)
-
-    @property
-    def dead_codes(self) -> Tensor:
-        """Number of codes that the last training step did not use, 0-d int64."""
-        return metrics.dead_codes(self.counts)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.codebook_size}, beta={self.beta}, gradient={self.gradient!r}"
