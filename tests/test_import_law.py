@@ -142,6 +142,7 @@ DRAWN = {
     },
     "nn/revival": {"nn/draws", "nn/heads", "nn/synchronisation"},
     "nn/codebook": {
+        "nn/checks",
         "nn/draws",
         "nn/ema",
         "nn/freezing",

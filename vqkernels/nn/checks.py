@@ -61,6 +61,17 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def check_codes(codes: Any, **options: tuple[Any, int]) -> None:
+    """Codes are a tensor, and their shape says the same as options: by name, what was given and what the shape says."""
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes must be a tensor, got {type(codes).__name__}")
+    for name, (given, size) in options.items():
+        if given != size:
+            raise ValueError(
+                f"{name} must be {size} for codes of shape {list(codes.shape)}, got {given!r}: leave it out"
+            )
+
+
 def check_channels(z: Any, dim: int, channel_dim: int) -> int:
     """Checks that z has `dim` channels at `channel_dim`; returns that axis counted from the front."""
     if not isinstance(z, Tensor):

@@ -2,13 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.recomputation import as_seen, change, enter
+from .checks import check_codes, check_number
 from .draws import count_rows, fill_seed_
 from .ema import ema_update_
 from .freezing import Freezable, untouched
@@ -44,7 +45,8 @@ class Seen(NamedTuple):
     """What a training forward sees of its layer's state, and what it may do (see `vqkernels.ops.recomputation`)."""
 
     codebook: Tensor | None  # where this forward overwrites it: as it was
-    steps: Tensor | None  # the counter of the layer's draws
+    draws: list[Tensor]  # seed and counter of the layer's draws, where it draws
+    scalars: list[Tensor]  # numbers of the layer that may be annealed
     again: bool | Tensor
     learns: bool | Tensor
 
@@ -129,10 +131,14 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
         """Draws the codes and the seed of later draws anew, codes uniform in [-1/K, 1/K], and clears all statistics."""
         size = self.codebook.shape[-2]
         self.codebook.uniform_(-1 / size, 1 / size)
+        if "seed" in self._buffers:
+            fill_seed_(self.seed, self._given_seed)
+        self._clear()
+
+    def _clear(self) -> None:
+        """All statistics and counters become zero."""
         for name, buffer in self.named_buffers(recurse=False):
-            if name == "seed":
-                fill_seed_(buffer, self._given_seed)
-            elif name != "codebook":
+            if name not in ("codebook", "seed"):
                 buffer.zero_()
         self._forget()
 
@@ -140,17 +146,22 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
     def set_codebook(self, codes: Tensor, weight: float = 1.0) -> None:
         """Goes on from given codes, of the codebook's shape: all statistics are cleared, and k-means does not run.
 
+        The seed stays, so ranks that agree on it still do. The codes may be the layer's own.
+
         Args:
             weight: rows that each code counts for in the moving averages. With 1, a code at 0 that gets one row at 4
                 goes to 0.04 with decay 0.99.
 
         Raises:
-            ValueError: the codes are of another shape.
+            TypeError: the codes are no tensor.
+            ValueError: the codes are of another shape, or the weight is no finite number of at least 0.
         """
+        check_codes(codes)
+        check_number("weight", weight, 0)
         if codes.shape != self.codebook.shape:
             expected = f"{list(self.codebook.shape)} ({', '.join(self._axes)})"
             raise ValueError(f"codes must have the shape of the codebook, {expected}, got {list(codes.shape)}")
-        self.reset_codebook()
+        self._clear()
         self.codebook.copy_(codes)
         self._weigh(weight)
         if self.init == "kmeans":
@@ -173,8 +184,13 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
             self.frozen = not requires_grad
         return super().requires_grad_(requires_grad)
 
-    def _begin(self, z: Tensor, rows: Rows, freeze: bool, steps: Tensor | None) -> Seen | None:
-        """Begins a forward: first codes, what it sees of the codebook and of `steps`, what it may do. None in eval."""
+    def _begin(
+        self, z: Tensor, rows: Rows, freeze: bool, steps: Tensor | None, scalars: Sequence[Tensor] = ()
+    ) -> Seen | None:
+        """Begins a forward: first codes; what it sees of the codebook, of `steps`, of `scalars`; what it may do.
+
+        None in eval.
+        """
         if not self.training:
             return None
         self.widen_buffers()
@@ -186,9 +202,10 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
         if starts:
             self.initialise(rows, self.metric, self.backend)
         writes = self._learns(freeze) and self._tracks_usage and not self._manual
-        reads = [self.codebook] * writes + ([] if steps is None else [steps])
-        state, again, learns = enter(self._owner, z, reads)
-        return Seen(state[0] if writes else None, None if steps is None else state[-1], again, learns)
+        draws = [] if steps is None else [self.seed, steps]
+        state, again, learns = enter(self._owner, z, [*scalars, *draws, *[self.codebook] * writes])
+        first, last = len(scalars), len(scalars) + len(draws)
+        return Seen(state[-1] if writes else None, state[first:last], state[:first], again, learns)
 
     def _check_writable(self) -> None:
         """Refuses a Parameter that FSDP1 has put into a flat one: it would lose what a forward writes into it."""
@@ -354,7 +371,8 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
 
     def _forget(self) -> None:
         """Drops what the host remembers of tensors that were filled anew."""
-        self._owner = torch.empty(0, device=self.codebook.device)
+        if getattr(self, "_owner", None) is None or self._owner.device != self.codebook.device:
+            self._owner = torch.empty(0, device=self.codebook.device)
         self._pending = self._no_statistics() if self._manual else None
         self._started, self._started_buffer = False, 0
 

@@ -12,6 +12,7 @@ from ..ops.recomputation import advance
 from ..ops.residual import ResidualQuantization, residual_quantize_with_statistics
 from .checks import (
     check_channels,
+    check_codes,
     check_decay,
     check_flag,
     check_int,
@@ -153,6 +154,7 @@ class ResidualVectorQuantizer(TrainedCodebook):
             weight: rows that each code counts for in the moving averages, see `set_codebook`.
             options: the other arguments of the layer; `dim` is D times the groups unless it is given.
         """
+        check_codes(codes)
         axes = 2 if options.get("shared_codebook", False) else 3
         if codes.dim() not in (axes, axes + 1):
             expected = "(K, D) or (G, K, D)" if axes == 2 else "(Q, K, D) or (G, Q, K, D)"
@@ -160,6 +162,7 @@ class ResidualVectorQuantizer(TrainedCodebook):
         groups, (size, codebook_dim) = codes.shape[:-axes].numel(), codes.shape[-2:]
         options = {"dim": codebook_dim * groups, "groups": groups, **options}
         if axes == 3:
+            check_codes(codes, levels=(options.get("levels", codes.shape[-3]), codes.shape[-3]))
             options["levels"] = codes.shape[-3]
         layer = cls(codebook_size=size, codebook_dim=codebook_dim, **options).to(codes.device)
         layer.set_codebook(codes.view(layer.codebook.shape), weight)
@@ -235,8 +238,8 @@ class ResidualVectorQuantizer(TrainedCodebook):
         """How many levels each element of z's first axis but channels passes in this training forward."""
         sizes = z.shape[:channel_dim] + z.shape[channel_dim + 1 :]
         elements = sizes[0] if sizes else 1
-        assert seen.steps is not None
-        draws = hashed(self.seed, seen.steps, 2 * elements)
+        seed, steps = seen.draws
+        draws = hashed(seed, steps, 2 * elements)
         chance, number = draws[:elements], draws[elements:]
         advance(self.dropout_steps, seen.again)
         short = chance < math.ceil(self.dropout * 2**32)

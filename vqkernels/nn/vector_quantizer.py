@@ -12,6 +12,7 @@ from ..ops.recomputation import advance
 from ..ops.sample import sample_code
 from .checks import (
     check_channels,
+    check_codes,
     check_decay,
     check_flag,
     check_int,
@@ -167,10 +168,12 @@ class VectorQuantizer(TrainedCodebook):
             weight: rows that each code counts for in the moving averages, see `set_codebook`.
             options: the other arguments of the layer; `dim` is D times the heads unless it is given.
         """
+        check_codes(codes)
         if codes.dim() not in (2, 3):
             raise ValueError(f"codes must be (K, D), or (H, K, D) for heads, got {list(codes.shape)}")
         size, codebook_dim = codes.shape[-2:]
         if codes.dim() == 3:
+            check_codes(codes, heads=(options.get("heads", len(codes)), len(codes)))
             options |= {"heads": len(codes), "separate_codebooks": True}
         options = {"dim": codebook_dim * options.get("heads", 1), **options}
         layer = cls(codebook_size=size, codebook_dim=codebook_dim, **options).to(codes.device)
@@ -208,7 +211,9 @@ class VectorQuantizer(TrainedCodebook):
         heads = Heads(self.heads, self.separate_codebooks, channel_dim)
         rows = self._rows(z, mask, heads)
         freeze = freeze or self.frozen
-        seen = self._begin(z, rows, freeze, None if self._temperature is None else self.sample_steps)
+        scalars = [] if self.entropy_weight is None else [self._entropy_temperature]
+        scalars += [] if self._temperature is None else [self._temperature]
+        seen = self._begin(z, rows, freeze, None if self._temperature is None else self.sample_steps, scalars)
         learns = None if freeze or (seen is not None and seen.learns is False) else seen
         # The backward pass needs the codes that were looked up, and an update below overwrites them.
         codebook = self._looked_up(seen, freeze)
@@ -224,13 +229,13 @@ class VectorQuantizer(TrainedCodebook):
             channel_dim=rows.channel_dim,
             backend=self.backend,
             statistics=learns is not None,
-            indices=None if freeze or seen is None or seen.steps is None else self._sampled(rows, codes, metric, seen),
+            indices=None if freeze or seen is None or not seen.draws else self._sampled(rows, codes, metric, seen),
         )
         loss = self.beta * result.commitment_loss
         if self.ema_decay is None:
             loss = loss + result.codebook_loss
-        if self.training and self.entropy_weight is not None:
-            options = (self.entropy_weight, self.entropy_gamma, self._entropy_temperature, self.backend)
+        if seen is not None and self.entropy_weight is not None:
+            options = (self.entropy_weight, self.entropy_gamma, seen.scalars[0], self.backend)
             loss = loss + entropy_penalty(rows, codes, metric, *options)
         if learns is not None:
             counts, sums = result.counts.view(self.counts.shape), result.sums.view(self.codebook.shape)
@@ -248,12 +253,11 @@ class VectorQuantizer(TrainedCodebook):
 
     def _sampled(self, rows: Rows, codes: Tensor, metric: str, seen: Seen) -> Tensor:
         """Codes drawn for the rows; other draws in every step and on every rank."""
-        assert self._temperature is not None and seen.steps is not None
         indices = sample_code(
             rows.values,
             codes,
-            temperature=self._temperature,
-            seed=step_key(self.seed, seen.steps),
+            temperature=seen.scalars[-1],
+            seed=step_key(*seen.draws),
             mask=rows.mask,
             metric=metric,
             channel_dim=rows.channel_dim,

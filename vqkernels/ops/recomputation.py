@@ -6,22 +6,24 @@ the changed state and change it again. `enter` gives every forward the state tha
 whether it may change anything. What is kept hangs on a tensor of the layer and goes with it; no checkpoint holds it.
 
 A forward that runs inside a backward pass is a recomputation. Its first pass is found among those kept by a
-fingerprint of its rows. A first pass is kept only where a recomputation may follow: under the hooks of a checkpoint,
-in a reentrant one, and in compiled training, where a checkpoint may be part of the graph.
+fingerprint of its rows, and by the checkpoint that runs it. A first pass is kept only where a recomputation may follow:
+under the hooks of a checkpoint, in a reentrant one, and in compiled training, where a checkpoint may be part of the
+graph. It is kept as long as the checkpoint's part of the graph lives: the second of two backward passes finds it, too.
 """
 
 import sys
-from collections.abc import Callable, Iterable
-from types import CodeType
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .registration import Operation
 
-MOST_EXPECTED = 64  # first passes that wait for their recomputation, of one layer
 MOST_POSSIBLE = 4  # compiled first passes, of which nothing says whether a recomputation follows
 _FINGERPRINT_SIZE = 8  # elements along each axis, at least
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,10 +43,16 @@ class Pass(NamedTuple):
 
 
 class _Kept:
-    """The state that one first pass saw."""
+    """The state that one first pass saw, and the checkpoint that will run it again; None where that is not known."""
 
-    def __init__(self, rows: Tensor, state: list[Tensor], expected: bool) -> None:
-        self.fingerprint, self.state, self.expected, self.used = _fingerprint(rows), state, expected, False
+    def __init__(self, rows: Tensor, state: list[Tensor], checkpoint: Any) -> None:
+        self.fingerprint, self.state, self.uses = _fingerprint(rows), state, 0
+        self.checkpoint = None if checkpoint is None else weakref.ref(checkpoint)
+
+    @property
+    def done(self) -> bool:
+        """It cannot be computed again; or, where no checkpoint is known, has been."""
+        return self.uses > 0 if self.checkpoint is None else self.checkpoint() is None
 
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a tensor of the layer -> its first passes, oldest first
@@ -72,37 +80,46 @@ def _enter(
     owner: Tensor, rows: Tensor, state: list[Tensor], grad: bool, changes: bool, compiled: bool
 ) -> tuple[list[Tensor], bool, bool]:
     if torch._C._current_graph_task_id() != -1:
-        found = _find(owner, rows, len(state))
+        running = list(_running_checkpoints())
+        found = _find(owner, rows, len(state), running)
         if found is not None:
-            found.used = True
+            found.uses += 1
             return found.state, True, False
-        return [x.clone() for x in state], False, grad  # a forward of its own, inside of a hook or a Function
-    expected = _in_checkpoint()  # also without gradients: some layers learn then too
-    reentrant = not expected and not grad and _in_reentrant_checkpoint()
-    copies = [x.clone() for x in state] if changes or compiled or expected or reentrant else state
-    if expected or reentrant or (compiled and grad):
-        _keep(owner, _Kept(rows, copies, expected or reentrant))
-    return copies, False, grad or reentrant
+        # Else a forward of its own, inside of a hook or a Function, or one whose layer was switched since it first ran.
+        return [x.clone() for x in state], bool(running), grad and not running
+    reentrant = None if grad else _reentrant_checkpoint()
+    # Hooks count without gradients, too: some layers learn then.
+    checkpoint = _hooks_of_checkpoint() if reentrant is None else reentrant
+    copies = [x.clone() for x in state] if changes or compiled or checkpoint is not None else state
+    if checkpoint is not None or (compiled and grad):
+        _keep(owner, _Kept(rows, copies, checkpoint))
+    return copies, False, grad or reentrant is not None
 
 
 def _keep(owner: Tensor, kept: _Kept) -> None:
-    """Adds a first pass; those that have been computed again go, and the oldest of too many."""
-    waiting = [x for x in _kept.get(owner, ()) if not x.used]
-    for expected, most in ((True, MOST_EXPECTED - 1), (False, MOST_POSSIBLE - 1)):
-        alike = [x for x in waiting if x.expected is expected]
-        gone = alike[: max(0, len(alike) - most)]
-        waiting = [x for x in waiting if x not in gone]
-    _kept[owner] = [*waiting, kept]
+    """Adds a first pass; those that will not be computed again go, and the oldest of too many unexpected ones."""
+    waiting = [x for x in _kept.get(owner, ()) if not x.done]
+    unexpected = [x for x in waiting if x.checkpoint is None]
+    gone = unexpected[: max(0, len(unexpected) - MOST_POSSIBLE + 1)]
+    _kept[owner] = [*(x for x in waiting if x not in gone), kept]
 
 
-def _find(owner: Tensor, rows: Tensor, number: int) -> _Kept | None:
-    """The first pass of a recomputation: with as much state and the same rows; the newest that was not found before."""
+def _find(owner: Tensor, rows: Tensor, number: int, running: list) -> _Kept | None:
+    """The first pass of a recomputation: with as much state, the same rows, and of a checkpoint that runs now.
+
+    Where several are left, those of one checkpoint are computed again in their order, and the newest checkpoint first.
+    """
     passes = [x for x in _kept.get(owner, ()) if len(x.state) == number]
     if len(passes) > 1:
         same = _fingerprint(rows)
         passes = [x for x in passes if x.fingerprint.equal(same)] or passes
-    waiting = [x for x in passes if not x.used] or passes
-    return waiting[-1] if waiting else None
+    passes = [x for x in passes if any(_runs(x.checkpoint, frame) for frame in running)] or passes
+    if not passes:
+        return None
+    fewest = min(x.uses for x in passes)
+    passes = [x for x in passes if x.uses == fewest]
+    newest = passes[-1].checkpoint
+    return passes[-1] if newest is None else next(x for x in passes if x.checkpoint == newest)
 
 
 def _fingerprint(rows: Tensor) -> Tensor:
@@ -111,24 +128,59 @@ def _fingerprint(rows: Tensor) -> Tensor:
     return some.contiguous().view(_BITS[some.element_size()]).sum(dtype=torch.int64)
 
 
-def _in_checkpoint() -> bool:
-    """Whether hooks are set that drop saved tensors and compute them again; those of `save_on_cpu` keep them."""
+def _hooks_of_checkpoint() -> Any:
+    """The hook that will compute saved tensors again; None without one. Those of `save_on_cpu` keep the tensors.
+
+    Every checkpoint makes a hook of its own, which lives as long as a tensor that it was asked to save.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", "") != "torch.autograd.graph"
+    return None if hooks is None or getattr(hooks[0], "__module__", "") == "torch.autograd.graph" else hooks[1]
 
 
-def _in_reentrant_checkpoint() -> bool:
-    """Whether a checkpoint's Function runs the forward, as torch's does, fairscale's, DeepSpeed's and Megatron's."""
-    frame = sys._getframe(1)
+def _reentrant_checkpoint() -> Any:
+    """The graph node of a checkpoint's Function that runs the forward: torch's, fairscale's, DeepSpeed's, Megatron's.
+
+    Of nested ones the outermost: the others are in no graph yet.
+    """
+    found = None
+    for frame in _frames():
+        if _may_run_again(frame.f_code, "forward") and hasattr(node := frame.f_locals.get("ctx"), "run_function"):
+            found = node
+    return found
+
+
+def _running_checkpoints() -> Iterator[FrameType]:
+    """The calls that compute something again now: of hooks, and of the Functions of reentrant checkpoints."""
+    for frame in _frames():
+        code = frame.f_code
+        if code.co_name == "unpack_hook" and code.co_filename == torch.utils.checkpoint.__file__:
+            yield frame
+        elif _may_run_again(code, "backward") and hasattr(frame.f_locals.get("ctx"), "run_function"):
+            yield frame
+
+
+def _runs(checkpoint: weakref.ref | None, frame: FrameType) -> bool:
+    """Whether the frame is a call of this hook, or the backward pass of this node."""
+    made = None if checkpoint is None else checkpoint()
+    if made is None:
+        return False
+    if frame.f_locals.get("ctx") is made:
+        return True
+    if getattr(made, "__code__", None) is not frame.f_code:
+        return False
+    enclosed = zip(made.__code__.co_freevars, made.__closure__ or (), strict=True)
+    return all(frame.f_locals.get(name) is cell.cell_contents for name, cell in enclosed)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _may_run_again(frame.f_code) and hasattr(frame.f_locals.get("ctx"), "run_function"):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+        yield frame
+        frame = frame.f_back
 
 
-def _may_run_again(code: CodeType) -> bool:
-    return code.co_name == "forward" and code.co_varnames[:1] == ("ctx",)
+def _may_run_again(code: CodeType, method: str) -> bool:
+    return code.co_name == method and code.co_varnames[:1] == ("ctx",)
 
 
 def _fake(owner: Tensor, rows: Tensor, state: list[Tensor], grad: bool) -> list[Tensor]:
