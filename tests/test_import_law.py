@@ -130,6 +130,7 @@ DRAWN = {
     },
     "nn/orthogonal": {"nn/checks", "nn/normalisation"},
     "nn/metrics": {"nn/checks", "nn/synchronisation"},
+    "nn/pending": {"nn/revival"},
     "nn/simvq": {
         "nn/checks",
         "nn/freezing",
@@ -151,6 +152,7 @@ DRAWN = {
         "nn/loading",
         "nn/metrics",
         "nn/normalisation",
+        "nn/pending",
         "nn/revival",
         "nn/synchronisation",
         "nn/wide",

@@ -18,9 +18,9 @@ from .initialisation import initial_codes
 from .loading import explain_keys, explain_sizes
 from .metrics import Counted
 from .normalisation import unit
+from .pending import Pending
 from .revival import (
     Candidates,
-    candidate_count,
     draw_candidates,
     draw_candidates_over_ranks,
     revival_draws,
@@ -31,14 +31,6 @@ from .synchronisation import Ranks
 from .wide import WideBuffers
 
 USAGE_DECAY = 0.99  # of the moving counts that revival looks at where the codebook is trained by gradient
-
-
-class Pending(NamedTuple):
-    """Statistics of this rank that wait for `update_codebook()`."""
-
-    counts: Tensor
-    sums: Tensor
-    candidates: Candidates | None  # for revival
 
 
 class Seen(NamedTuple):
@@ -290,7 +282,7 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
         yield self.codebook
         yield from (x for name, x in self.named_buffers(recurse=False) if name != "codebook")
         if self._pending is not None:
-            yield from (self._pending.counts, self._pending.sums, *(self._pending.candidates or ()))
+            yield from self._pending.tensors
 
     def _take_in(self, counts: Tensor, sums: Tensor, rows: Rows) -> None:
         if not (self._tracks_usage and self._learns(False)):
@@ -333,19 +325,11 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
         else:
             draws = self._draws()
             self._update(totals, self._spread(share_candidates(pending.candidates, draws, self.ranks)), draws)
-        for x in (pending.counts, pending.sums, *(pending.candidates or ())):
+        for x in pending.tensors:
             x.zero_()
 
     def _no_statistics(self) -> Pending:
-        """Statistics of no forward, where the codebook is."""
-        device, size, dim = self.codebook.device, *self.codebook.shape[-2:]
-        counts = torch.zeros(self.counts.shape, dtype=torch.int64, device=device)
-        sums = torch.zeros(self.codebook.shape, dtype=torch.float32, device=device)
-        if self.revive == "off":
-            return Pending(counts, sums, None)
-        drawn = (self._candidates, candidate_count(size))
-        rows = torch.zeros(*drawn, dim, dtype=torch.float32, device=device)
-        return Pending(counts, sums, Candidates(rows, torch.zeros(drawn, dtype=torch.bool, device=device)))
+        return Pending.of_no_forward(self.codebook, None if self.revive == "off" else self._candidates)
 
     def _draws(self) -> Tensor:
         """The random integers of this step's revival."""
@@ -403,9 +387,8 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        waits, device = self._pending, self.codebook.device
+        waits = self._pending
         self._forget()
         if waits is not None and not (waits.counts.is_meta or self.codebook.is_meta):
-            candidates = waits.candidates and Candidates(*(x.to(device) for x in waits.candidates))
-            self._pending = Pending(waits.counts.to(device), waits.sums.to(device), candidates)
+            self._pending = waits.follow(self.codebook)
         return self
