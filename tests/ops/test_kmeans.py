@@ -290,7 +290,7 @@ def test_bad_input_is_one_sentence():
         kmeans(z, 0)
     with pytest.raises(ValueError, match="iterations must be an int of at least 0, got -1"):
         kmeans(z, 4, iterations=-1)
-    with pytest.raises(TypeError, match="seed must be an int, got float"):
+    with pytest.raises(TypeError, match="seed must be an int or a 0-d int64 tensor, got float"):
         kmeans(z, 4, seed=0.5)
     with pytest.raises(ValueError, match="metric must be one of 'euclidean', 'dot', 'cosine', got 'l1'"):
         kmeans(z, 4, metric="l1")

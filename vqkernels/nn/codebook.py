@@ -246,24 +246,29 @@ class TrainedCodebook(Counted, Freezable, WideBuffers):
         Without a usable row (unmasked and finite) on any rank the codes stay, and the next batch may initialise.
         """
         allowed = enter(self.initialised, rows.values, []).learns
-        state = [self.codebook, self.initialised]
-        change(allowed, state, lambda: self._start(rows, metric, backend))
         self._started = torch.compiler.is_compiling()
+        change(allowed, [self.codebook, self.initialised], lambda: self._start(rows, metric, backend))
 
     def _start(self, rows: Rows, metric: str, backend: str) -> None:
         codes, distinct = self._initial_codes(rows, metric, backend)
+        if not torch.compiler.is_compiling():
+            self._remember_start(int(distinct))
+        starts = (distinct > 0) & (self.initialised == 0)
+        self.codebook.copy_(torch.where(starts, codes.to(self.codebook.dtype), self.codebook))
+        self.initialised.copy_(torch.where(starts, 1.0, self.initialised))
+
+    def _remember_start(self, found: int) -> None:
+        """Keeps on the host that codes came from `found` different rows, and warns where they are too few."""
         size = self.codebook.shape[-2]
-        if not torch.compiler.is_compiling() and 0 < (found := int(distinct)) < size:
+        self._started, self._started_buffer = found > 0, id(self.initialised) if found > 0 else 0
+        if 0 < found < size:
             warnings.warn(
                 f"k-means initialisation of {size} codes found {found} different usable rows (masked rows and rows "
                 "with a NaN or an infinity are not usable): the other codes start as copies of these with a jitter; "
                 "use a larger first batch",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
-        starts = (distinct > 0) & (self.initialised == 0)
-        self.codebook.copy_(torch.where(starts, codes.to(self.codebook.dtype), self.codebook))
-        self.initialised.copy_(torch.where(starts, 1.0, self.initialised))
 
     def _initial_codes(self, rows: Rows, metric: str, backend: str) -> tuple[Tensor, Tensor]:
         """All codes from the rows of the first batch, and how many of them come from data."""

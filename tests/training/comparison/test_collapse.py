@@ -24,12 +24,13 @@ def images(count=24) -> ImageSet:
     return ImageSet(torch.randint(256, (count, 1, 8, 8), generator=generator).to(torch.uint8), None)
 
 
+@torch.enable_grad()
 def models():
     alone = DecoderAlone(decoder())
     vae = VAE(1, likelihood=decoder(), **OPTIONS)
     vqvae = VQVAE(1, likelihood=decoder(), codebook_size=8, init="kmeans", **OPTIONS)
+    vqvae(images().batch(slice(None)))  # the codes begin as those of the images
     with torch.no_grad():
-        vqvae(images().batch(slice(None)))  # the codes begin as those of the images
         for model in (vae, vqvae):
             for layer in model.likelihood.pixelcnn.layers:
                 layer.condition.weight.mul_(5.0)
