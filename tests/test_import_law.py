@@ -133,6 +133,7 @@ DRAWN = {
     "nn/simvq": {"nn/checks", "nn/lookup", "nn/masks", "nn/metrics", "nn/projection"},
     "nn/revival": {"nn/draws", "nn/heads", "nn/synchronisation"},
     "nn/codebook": {
+        "nn/checks",
         "nn/draws",
         "nn/ema",
         "nn/heads",
