@@ -32,7 +32,7 @@ def hashed(seed: Tensor, step: Tensor, count: int) -> Tensor:
 
 def _mixed_seed(seed: Tensor) -> Tensor:
     """Any int64 in 32 bits."""
-    return _mix((seed & _MASK) ^ _mix(((seed >> 32) & _MASK) ^ _SEED_KEY))
+    return _mix((seed ^ ((seed >> 32) * 3) ^ _SEED_KEY) & _MASK)
 
 
 def step_key(seed: Tensor, step: Tensor) -> Tensor:
