@@ -324,3 +324,9 @@ def test_a_caller_may_change_the_indices_before_the_backward_pass():
         expected = torch.autograd.grad(quantized.square().sum() + loss.sum(), z, retain_graph=True)[0]
         indices.fill_(0)
         assert torch.autograd.grad(quantized.square().sum() + loss.sum(), z)[0].equal(expected)
+
+
+def test_a_temperature_cannot_be_given_to_a_layer_that_was_built_without():
+    layer = VectorQuantizer(4, 8)
+    with pytest.raises(ValueError, match="temperature was None when the layer was built, got 1.0: build the layer"):
+        layer.temperature = 1.0

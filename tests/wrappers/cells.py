@@ -177,6 +177,11 @@ def grid(ways: Iterable[str], quick: tuple[str, ...] = ("*",), among: Iterable[s
     return found
 
 
+def matching(patterns: Iterable[str]) -> list[str]:
+    """The cells that one of the patterns names."""
+    return [cell for cell in CELLS if any(map(partial(fnmatch.fnmatch, cell), patterns))]
+
+
 def directly(call: Callable[[Tensor], Read], z: Tensor) -> Read:
     return call(z)
 

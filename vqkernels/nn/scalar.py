@@ -31,6 +31,8 @@ class Scalar:
     def __set__(self, layer: Any, value: Any) -> None:
         self._check(self._name, value)
         kept = layer.__dict__.get(f"_{self._name}")
+        if kept is None and value is not None and f"_{self._name}" in layer.__dict__:
+            raise ValueError(f"{self._name} was None when the layer was built, got {value!r}: build the layer with it")
         if value is None or kept is None:
             kept = None if value is None else torch.full((), value, dtype=torch.float64, device="cpu")
             layer.__dict__[f"_{self._name}"] = kept
