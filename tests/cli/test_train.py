@@ -93,7 +93,7 @@ def test_foreign_and_used_directories_are_refused(tmp_path, capsys):
 def test_a_mistake_in_a_real_process_exits_with_2_and_no_traceback(tmp_path):
     (tmp_path / "mine.txt").write_text("")
     done = subprocess.run(
-        command("train", "--data", "digits", "--out", tmp_path), capture_output=True, text=True, timeout=100
+        command("train", "--data", "digits", "--out", tmp_path), capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -107,7 +107,7 @@ def test_sigterm_writes_a_checkpoint(tmp_path):
     process = subprocess.Popen(command("train", *arguments), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: steps_logged(out) >= 10, process)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=100)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 1 and "continue with --resume" in error
     assert read_export(out).step >= steps_logged(out) >= 10
 
@@ -138,7 +138,7 @@ def left(out: Path, name: str) -> list[Path]:
     return list(out.glob(f".{name}.*.tmp"))
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None and time.monotonic() < end, "the moment never came"
