@@ -197,7 +197,7 @@ def kmeans(
         codebook_size: K.
         iterations: of Lloyd at most; they end where no row changes its code. 0 gives the merged seeds.
         seed: an int, or a 0-d int64 tensor on z's device. The result is a function of it and of the rows alone, bit for
-            bit on one backend.
+            bit on one backend and one kind of CPU, whatever the number of threads.
         mask: bool, z's shape without channels; rows where it is False are not read.
         batched: axis 0 of z and mask is the head, each with a codebook of its own.
         backend: as in `nearest_code`.
