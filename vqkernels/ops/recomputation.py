@@ -85,7 +85,7 @@ def _enter(
         if found is not None:
             found.uses += 1
             return found.state, True, False
-        # Else a forward of its own, inside of a hook or a Function, or one whose layer was switched since it first ran.
+        # Else a first forward inside of a hook or a Function, or one whose layer was switched since it first ran.
         return [x.clone() for x in state], bool(running), grad and not running
     reentrant = None if grad else _reentrant_checkpoint()
     # Hooks count without gradients, too: some layers learn then.
