@@ -13,10 +13,9 @@ from vqkernels.models.likelihoods import Likelihood
 from vqkernels.training.checkpoint import Export, ImageFormat, read_export
 from vqkernels.training.config import RunConfig
 from vqkernels.training.errors import UserError
-from vqkernels.training.speed import SpeedConfig
+from vqkernels.training.speed import place
 
 M = TypeVar("M", bound=nn.Module)
-Autoencoder = TypeVar("Autoencoder", VQVAE, VAE)
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,20 +40,6 @@ def check_backend(name: str, device: torch.device) -> None:
         registry.resolve(name, device)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-
-
-def place(model: Autoencoder, config: SpeedConfig, device: torch.device) -> Autoencoder:
-    """The model itself, on the device, with the weights of its convolutions in the chosen memory format.
-
-    The activations follow the weights. Convolutions round differently in another format, so a model computes in the
-    format in which it was trained.
-    """
-    model.to(device)
-    chosen = config.channels_last
-    if chosen == "on" or (chosen == "auto" and device.type == "cpu"):
-        for network in (model.encoder, model.decoder):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
 
 
 def build_vqvae(

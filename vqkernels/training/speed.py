@@ -1,8 +1,9 @@
 """How a step is computed: memory format, mixed precision, compilation, optimizer. What is learned differs by rounding.
 
 The model itself is never wrapped or renamed, so a checkpoint has the same keys and shapes whatever is chosen here, and
-a run may be resumed with another choice. The memory format belongs to the model, and `build` gives it wherever a model
-is made or read; the rest belongs to the steps of training: everything else computes in float32, uncompiled.
+a run may be resumed with another choice. The memory format belongs to the model, and `build` gives it, by `place`,
+wherever a model is made or read; the rest belongs to the steps of training: everything else computes in float32,
+uncompiled.
 """
 
 import contextlib
@@ -11,14 +12,16 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from vqkernels.models import VAE, VQVAE
 from vqkernels.training.errors import UserError
 from vqkernels.training.sharding import load_optimizer
 
+Autoencoder = TypeVar("Autoencoder", VQVAE, VAE)
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,6 +41,20 @@ class SpeedConfig:
     """torch.compile: the first steps take longer."""
     cuda_graphs: bool = False
     """With --compile, on a GPU: a step is launched as a whole."""
+
+
+def place(model: Autoencoder, config: SpeedConfig, device: torch.device) -> Autoencoder:
+    """The model itself, on the device, with the weights of its convolutions in the chosen memory format.
+
+    The activations follow the weights. Convolutions round differently in another format, so a model computes in the
+    format in which it was trained.
+    """
+    model.to(device)
+    chosen = config.channels_last
+    if chosen == "on" or (chosen == "auto" and device.type == "cpu"):
+        for network in (model.encoder, model.decoder):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 class Speed:
