@@ -1,9 +1,12 @@
-# `make demo` for a first look, `make test` for people, `make test-all` for everything, once. All lives in .venv; the tests of
-# the Triton kernels, which need its interpreter, an older numpy and no GPU, run from the source tree in .venv-triton.
+# `make demo` for a first look, `make quick` while you edit, `make test` before you push, `make test-all` for everything, once.
+# All lives in .venv; the tests of the Triton kernels, which need its interpreter, an older numpy and no GPU, run from the
+# source tree in .venv-triton. The times are those of two cores.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMMA := ,
+DEMO_READY := $(VENV)/.ready-demo
 TRITON_VENV := .venv-triton
 TRITON_BIN := $(TRITON_VENV)/bin
 TRITON_READY := $(TRITON_VENV)/.ready
@@ -29,19 +32,33 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0a
 .NOTPARALLEL:
 
 # Torch first and pinned: the build compiles against it, and a bare `torch` would bring gigabytes of CUDA.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
+define install
+	@echo "== $(VENV): torch and $(1), then the kernels are compiled; about $(2) minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy "setuptools>=77" wheel pybind11
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,test]"
-	touch $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(1)]"
+	touch $@
+endef
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
+
+$(READY): $(SOURCES)
+	$(call install,train$(COMMA)test,8)
+	touch $(DEMO_READY)
+
+# What training needs, and the kernels of the CPU alone.
+$(DEMO_READY): export FORCE_CUDA = 0
+$(DEMO_READY): $(SOURCES)
+	$(call install,train,3)
 
 # The kernels' instruction budget is counted with this Triton; its interpreter needs numpy below 2.4.
 $(TRITON_READY): Makefile constraints.txt
+	@echo "== $(TRITON_VENV): torch and Triton; about 2 minutes"
 	test -x $(TRITON_BIN)/python || $(PYTHON) -m venv $(TRITON_VENV)
 	$(TRITON_BIN)/pip install --quiet --constraint constraints.txt torch "triton==3.6.0" "numpy<2.4" pytest pytest-xdist hypothesis
 	touch $(TRITON_READY)
 
-demo: $(READY)
+demo: $(DEMO_READY)
+	@echo "== a VQ-VAE and its prior on scanned digits; about a minute"
 	$(BIN)/vqkernels demo --out $(DEMO)
 
 lint: $(READY)
