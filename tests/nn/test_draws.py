@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vqkernels.nn.draws import count_rows, draw_positions, hashed, step_key, take_rows
-from vqkernels.nn.heads import Heads, Rows
+from vqkernels.nn.rows import RowLayout, Rows
 
 
 def step(number):
@@ -55,7 +55,7 @@ def test_taken_rows_are_the_rows_that_count(shape, channel_dim, number, separate
     z = torch.randn(shape)
     mask = torch.rand(z.select(channel_dim, 0).shape) < 0.5
     z = torch.where(mask.unsqueeze(channel_dim), z, torch.nan)
-    rows = Heads(number, separate, channel_dim).split(z, mask)
+    rows = RowLayout.of(z, 6, channel_dim, mask=mask, heads=number, separate=separate).split(z)
     total = count_rows(rows)
     assert total == mask.sum() * (number if number > 1 and not separate else 1)
     positions = torch.arange(rows.number + 3)

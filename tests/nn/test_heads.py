@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqkernels.nn import VectorQuantizer
-from vqkernels.nn.heads import Heads
+from vqkernels.nn.rows import RowLayout
 
 
 @pytest.mark.parametrize("shape,channel_dim", [((4, 7, 6), -1), ((4, 6, 7), 1), ((2, 6, 3, 5), 1), ((9, 6), -1)])
@@ -32,9 +32,9 @@ def test_each_head_is_a_quantizer_of_its_own(shape, channel_dim, separate, ema_d
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("shape,channel_dim", [((4, 7, 6), 2), ((4, 6, 7), 1), ((2, 6, 3, 5), 1)])
 def test_splitting_and_joining_are_views(shape, channel_dim, separate):
-    heads = Heads(3, separate, channel_dim)
     z = torch.randn(shape)
-    rows = heads.split(z, None)
+    heads = RowLayout.of(z, 6, channel_dim, heads=3, separate=separate)
+    rows = heads.split(z)
     assert rows.values.data_ptr() == z.data_ptr() and rows.values.shape[rows.channel_dim] == 2
     assert rows.number == z.numel() // (6 if separate else 2)
     assert heads.join(rows.values).equal(z) and heads.join(rows.values).data_ptr() == z.data_ptr()

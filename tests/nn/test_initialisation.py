@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vqkernels.nn import ResidualVectorQuantizer, VectorQuantizer, initialisation
-from vqkernels.nn.heads import Heads, Rows
 from vqkernels.nn.normalisation import unit
+from vqkernels.nn.rows import RowLayout, Rows
 from vqkernels.ops.kmeans import kmeans
 
 
@@ -41,7 +41,7 @@ def test_layouts_heads_and_masks(shape, channel_dim, number, separate, backend):
     z = torch.where(mask.unsqueeze(channel_dim), z, torch.nan)
     z.movedim(channel_dim, -1)[tuple(mask.nonzero()[3])].fill_(torch.inf)
     layer(z, mask=mask)
-    rows = Heads(number, separate, channel_dim % z.dim()).split(z, mask)
+    rows = RowLayout.of(z, 6, channel_dim, mask=mask, heads=number, separate=separate).split(z)
     values = rows.values.movedim(rows.channel_dim, -1)
     if separate:
         expected, _ = kmeans(
@@ -100,7 +100,7 @@ def test_the_sample_is_bounded_and_drawn_from_the_rows_that_count(monkeypatch):
     drawn = sample.values[sample.mask]
     assert sample.values.shape == (1, 32, 1) and len(drawn.unique()) == 32 and (drawn % 3 == 0).all()
     assert drawn.min() < 100 and drawn.max() > 900  # from all over the batch
-    rows = Heads(2, True, 1).split(z.expand(1000, 2), mask)
+    rows = RowLayout.of(z.expand(1000, 2), 2, 1, mask=mask, heads=2, separate=True).split(z.expand(1000, 2))
     assert initialisation.sample_rows(rows, 8, torch.tensor(0)).values.shape == (2, 32, 1)
     layer = VectorQuantizer(1, 8, init="kmeans", ema_decay=0.9)
     layer(z, mask=mask)

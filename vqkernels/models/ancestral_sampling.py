@@ -16,7 +16,7 @@ from vqkernels.backends.drawing import draw_codes, guided
 CHUNK_BYTES = 1 << 28  # of caches alive at once
 
 
-class CodePrior(Protocol):
+class Sampled(Protocol):
     """What every sampler asks of a prior."""
 
     num_codes: int
@@ -25,26 +25,31 @@ class CodePrior(Protocol):
 
 
 class Options(NamedTuple):
-    """How a code is drawn from its logits."""
+    """How codes are drawn."""
 
     temperature: float
     top_k: int  # 0: all
     top_p: float  # 1: all
     guidance: float
+    chunk: int | None = None  # grids sampled together; None: as the memory allows
+    progress: bool = False
+    backend: str = "auto"  # who computes cached steps
 
 
 def check_options(
-    model: CodePrior,
+    model: Sampled,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     guidance: float,
     chunk: int | None,
+    progress: bool = False,
+    backend: str = "auto",
 ) -> Options:
     """The options of a sampler.
 
     Raises:
-        ValueError: one of them, or chunk, is out of range.
+        ValueError: one of them is out of range.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, but is {temperature}")
@@ -56,10 +61,11 @@ def check_options(
         raise ValueError("guidance needs a prior that was built, and trained, with label_dropout above 0")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, but is {chunk}")
-    return Options(float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p), float(guidance))
+    top_p = 1.0 if top_p is None else float(top_p)
+    return Options(float(temperature), top_k or 0, top_p, float(guidance), chunk, progress, backend)
 
 
-def start_codes(model: CodePrior, shape: tuple[int, int, int], known: Tensor | None) -> Tensor:
+def start_codes(model: Sampled, shape: tuple[int, int, int], known: Tensor | None) -> Tensor:
     """Codes (B, H, W) to begin with: the known ones, and -1 where one is to be drawn.
 
     Raises:
@@ -84,7 +90,6 @@ def plain_sample(
     noise: Tensor,
     labels: Tensor | None,
     options: Options,
-    progress: bool = False,
 ) -> Tensor:
     """Codes by a full forward pass for every position: the specification of the cached samplers.
 
@@ -94,7 +99,8 @@ def plain_sample(
         noise: (B, H, W) float64.
     """
     _, height, width = codes.shape
-    for row, column in bar([(row, column) for row in range(height) for column in range(width)], progress, "code"):
+    places = [(row, column) for row in range(height) for column in range(width)]
+    for row, column in bar(places, options.progress, "code"):
         missing = codes[:, row, column] < 0
         if not bool(missing.any()):
             continue

@@ -9,14 +9,15 @@ mask would keep exist, and padding shifts them into place, so no weight is ever 
 the same by the fused layers of `pixelcnn_training.py`, about as exactly and in less time.
 """
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqkernels.models import ancestral_sampling, pixelcnn_sampling, pixelcnn_training
-from vqkernels.models.labels import check_labels
+from vqkernels.models import pixelcnn_sampling, pixelcnn_training
+from vqkernels.models.ancestral_sampling import check_options, start_codes
+from vqkernels.models.prior import CodePrior, bits_per_code
 
 
 class GatedLayer(nn.Module):
@@ -83,7 +84,7 @@ class GatedLayer(nn.Module):
         return _gate(above), horizontal + result if self.residual else result
 
 
-class PixelCNN(nn.Module):
+class PixelCNN(CodePrior):
     """Autoregressive model of code grids, p(codes) = prod_i p(code_i | codes before i in raster order, label).
 
     Args:
@@ -96,7 +97,7 @@ class PixelCNN(nn.Module):
         kernel_size: width of the masks after the first layer, odd.
         first_kernel_size: width of the first layer's mask, odd.
         head_channels: width of the hidden 1x1 convolution before the logits.
-        head_activation: whether a ReLU stands before that convolution.
+        head_activation: whether a ReLU precedes that convolution.
         dropout: probability of dropping a gated feature in training.
         label_dropout: probability of training a grid without its label, for classifier-free guidance (Ho and Salimans
             2022).
@@ -104,6 +105,8 @@ class PixelCNN(nn.Module):
     Raises:
         ValueError: a size is out of range.
     """
+
+    _cached_sample = staticmethod(pixelcnn_sampling.cached_sample)
 
     def __init__(
         self,
@@ -120,29 +123,19 @@ class PixelCNN(nn.Module):
         dropout: float = 0.0,
         label_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("num_codes", num_codes),
-            ("hidden_channels", hidden_channels),
-            ("num_layers", num_layers),
-            ("num_classes", 1 if num_classes is None else num_classes),
-            ("condition_channels", 1 if condition_channels is None else condition_channels),
-            ("head_channels", head_channels),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
         for name, value in (("kernel_size", kernel_size), ("first_kernel_size", first_kernel_size)):
             if value < 3 or value % 2 == 0:
                 raise ValueError(f"{name} must be odd and at least 3, but is {value}")
-        if not 0 <= label_dropout < 1:
-            raise ValueError(f"label_dropout must be at least 0 and less than 1, but is {label_dropout}")
-        if label_dropout > 0 and num_classes is None:
-            raise ValueError("label_dropout needs labels, but num_classes is None")
-        self.num_codes = num_codes
-        self.num_classes = num_classes
+        super().__init__(
+            num_codes,
+            hidden_channels,
+            num_classes,
+            label_dropout,
+            num_layers=num_layers,
+            condition_channels=1 if condition_channels is None else condition_channels,
+            head_channels=head_channels,
+        )
         self.condition_channels = condition_channels
-        self.label_dropout = label_dropout
-        self.embedding = nn.Embedding(num_codes, hidden_channels)
         self.layers = nn.ModuleList(
             GatedLayer(
                 hidden_channels,
@@ -174,13 +167,8 @@ class PixelCNN(nn.Module):
             ValueError: codes or condition have the wrong shape, or labels are missing, not expected or (on the CPU) out
                 of range.
         """
-        if codes.ndim != 3:
-            raise ValueError(f"codes must be (B, H, W), but have shape {tuple(codes.shape)}")
-        self._check_labels(labels, codes.shape[0])
-        self._check_condition(condition, codes.shape)
-        if labels is not None and self.training and self.label_dropout > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.label_dropout
-            labels = labels.masked_fill(dropped, -1)
+        labels = self._prepare(codes, labels)
+        self._check_grid(codes.shape, condition=condition)
         own = type(self).stacks is PixelCNN.stacks and all(type(x).forward is GatedLayer.forward for x in self.layers)
         if own and pixelcnn_training.serves(self, codes, condition):
             return pixelcnn_training.logits(self, codes, labels, condition)
@@ -198,8 +186,7 @@ class PixelCNN(nn.Module):
 
     def bits_per_code(self, codes: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Mean -log2 p of a code, for each grid: (B,) of codes (B, H, W). It is differentiable."""
-        nats = F.cross_entropy(self(codes, labels, condition), codes, reduction="none")
-        return nats.mean((1, 2)) / math.log(2)
+        return bits_per_code(self(codes, labels, condition), codes)
 
     @torch.no_grad()
     def sample(
@@ -219,46 +206,24 @@ class PixelCNN(nn.Module):
         backend: str = "auto",
         progress: bool = False,
     ) -> Tensor:
-        """Draw codes (B, H, W) int64 in raster order, always without dropout.
+        """Draw codes (B, H, W) int64 in raster order, always without dropout; see `CodePrior.sample`.
 
-        Every activation that a later code needs is kept, so that a grid costs about as much as one forward pass. The
-        randomness is one uniform number (B, H, W) float64 for each code, drawn from the generator at the start.
+        A grid costs about as much as one forward pass.
 
         Args:
-            shape: (B, H, W).
-            labels: (B,), for a class-conditional prior.
             condition: (B, condition_channels, H, W), for a prior with a spatial condition.
-            temperature: the logits are divided by it.
-            top_k: draw among the k most likely codes only.
-            top_p: draw among the fewest most likely codes whose probability reaches p (nucleus sampling).
-            guidance: 1 draws from the prior given the label, 0 from the prior without it, more than 1 goes further
-                towards the label: logits = without + guidance * (with - without). Needs `label_dropout`.
-            known: (B, H, W) int64, codes to keep, and -1 where one is to be drawn given those before it.
-            generator: source of randomness, on the model's device.
-            cached: False runs a full forward pass for every code instead: the specification, for tests and benchmarks.
-            chunk: grids sampled together, which bounds the memory; None chooses. The noise of a grid does not depend
-                on it.
             backend: who computes the cached steps; see `vqkernels info`.
-            progress: show a bar, where tqdm is installed.
+            Everything else as in `CodePrior.sample`.
 
         Raises:
-            ValueError: labels, known or an option are out of range.
+            ValueError: labels, condition, known or an option are out of range.
         """
-        options = ancestral_sampling.check_options(self, temperature, top_k, top_p, guidance, chunk)
-        codes = ancestral_sampling.start_codes(self, shape, known)
-        self._check_labels(labels, shape[0])
-        self._check_condition(condition, codes.shape)
-        noise = torch.rand(shape, dtype=torch.float64, device=codes.device, generator=generator)
-        if cached:
-            return pixelcnn_sampling.cached_sample(
-                self, codes, noise, labels, condition, options, backend=backend, chunk=chunk, progress=progress
-            )
-        with ancestral_sampling.evaluating(self):
-            return ancestral_sampling.plain_sample(
-                lambda codes, labels: self(codes, labels, condition), codes, noise, labels, options, progress
-            )
+        options = check_options(self, temperature, top_k, top_p, guidance, chunk, progress, backend)
+        codes = start_codes(self, shape, known)
+        return self._draw(codes, labels, options, generator, cached, condition=condition)
 
-    def _check_condition(self, condition: Tensor | None, shape: torch.Size) -> None:
+    def _check_grid(self, shape: torch.Size, **inputs: Any) -> None:
+        condition: Tensor | None = inputs["condition"]
         if (condition is None) != (self.condition_channels is None):
             raise ValueError(
                 "condition is not expected: this prior was built with condition_channels=None"
@@ -269,9 +234,6 @@ class PixelCNN(nn.Module):
             expected = (shape[0], self.condition_channels, *shape[1:])
             if tuple(condition.shape) != expected:
                 raise ValueError(f"condition must have shape {expected}, but has {tuple(condition.shape)}")
-
-    def _check_labels(self, labels: Tensor | None, batch: int) -> None:
-        check_labels(self, labels, batch)
 
 
 def _gate(features: Tensor) -> Tensor:

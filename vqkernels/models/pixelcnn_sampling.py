@@ -1,15 +1,15 @@
-"""Cached ancestral sampling from a PixelCNN; the plain sampler that is its oracle stands in ancestral_sampling.py."""
+"""Cached ancestral sampling from a PixelCNN; the plain sampler, which specifies it, is in ancestral_sampling.py."""
 
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vqkernels.models.ancestral_sampling import CHUNK_BYTES, CodePrior, Options, bar, chunks, with_and_without
+from vqkernels.models.ancestral_sampling import CHUNK_BYTES, Options, Sampled, bar, chunks, with_and_without
 from vqkernels.ops.pixelcnn_step import PixelCNNSizes, advance, pack
 
 
-class Prior(CodePrior, Protocol):
+class SampledPixelCNN(Sampled, Protocol):
     """What the cached sampler asks of a PixelCNN."""
 
     condition_channels: int | None
@@ -18,35 +18,24 @@ class Prior(CodePrior, Protocol):
 
 
 def cached_sample(
-    model: Prior,
+    model: SampledPixelCNN,
     codes: Tensor,
     noise: Tensor,
     labels: Tensor | None,
-    condition: Tensor | None,
     options: Options,
-    *,
-    backend: str = "auto",
-    chunk: int | None = None,
-    progress: bool = False,
+    condition: Tensor | None,
 ) -> Tensor:
     """Codes by `CachedSampler`, a chunk of the batch at a time."""
     batch, height, width = codes.shape
     packed = PackedPixelCNN(model)
     row_bytes = packed.sizes.cache_elements(2 if options.guidance != 1.0 else 1, width) * packed.weights.itemsize
-    parts = chunks(batch, chunk, row_bytes, CHUNK_BYTES)
-    steps = [(part, row) for part in parts for row in range(height)]
+    parts = chunks(batch, options.chunk, row_bytes, CHUNK_BYTES)
     sampler = None
-    for part, row in bar(steps, progress, "row"):
+    for part, row in bar([(part, row) for part in parts for row in range(height)], options.progress, "row"):
         if row == 0:
-            sampler = CachedSampler(
-                packed,
-                codes[part],
-                noise[part],
-                None if labels is None else labels[part],
-                None if condition is None else condition[part],
-                options,
-                backend=backend,
-            )
+            given = None if labels is None else labels[part]
+            there = None if condition is None else condition[part]
+            sampler = CachedSampler(packed, codes[part], noise[part], given, there, options, backend=options.backend)
         assert sampler is not None
         sampler.advance(row * width, (row + 1) * width)
     return codes
@@ -55,7 +44,7 @@ def cached_sample(
 class PackedPixelCNN:
     """The weights of a PixelCNN as `pixelcnn_step` reads them, packed once for all chunks of a batch."""
 
-    def __init__(self, model: Prior) -> None:
+    def __init__(self, model: SampledPixelCNN) -> None:
         self.layers: list[Any] = list(model.layers)
         head: list[Any] = list(model.head)
         self.sizes = PixelCNNSizes(
@@ -133,7 +122,7 @@ class CachedSampler:
 
     def advance(self, begin: int, end: int, logits: Tensor | None = None) -> None:
         """Draws the codes at [begin, end); with `logits` (end - begin, R, K), writes those too."""
-        temperature, top_k, top_p, guidance = self.options
+        temperature, top_k, top_p, guidance = self.options[:4]
         advance(
             self.packed.sizes,
             self.codes,

@@ -5,7 +5,7 @@ token at position i carries the code at i - 1 and the position i whose code it p
 learned start, to which a label adds its class embedding, and every later token attends to it. A position is the sum of
 a row's and a column's embedding, so that one model serves every grid up to `max_grid`. In training
 `scaled_dot_product_attention` is causal and nothing N x N is built where it has a fused kernel; in sampling keys and
-values are kept.
+values are kept. A half-precision model is sampled in float32.
 """
 
 import math
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqkernels.models import ancestral_sampling, transformer_sampling
-from vqkernels.models.labels import check_labels
+from vqkernels.models import transformer_sampling
+from vqkernels.models.prior import CodePrior
 
 
 class TransformerBlock(nn.Module):
@@ -60,7 +60,7 @@ class TransformerBlock(nn.Module):
         return tokens + self.dropout(self.feedforward(self.feedforward_norm(tokens)))
 
 
-class TransformerPrior(nn.Module):
+class TransformerPrior(CodePrior):
     """Autoregressive model of code grids, p(codes) = prod_i p(code_i | codes before i in raster order, label).
 
     Args:
@@ -78,6 +78,8 @@ class TransformerPrior(nn.Module):
         ValueError: a size is out of range.
     """
 
+    _cached_sample = staticmethod(transformer_sampling.cached_sample)
+
     def __init__(
         self,
         num_codes: int,
@@ -90,29 +92,14 @@ class TransformerPrior(nn.Module):
         dropout: float = 0.0,
         label_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("num_codes", num_codes),
-            ("hidden_channels", hidden_channels),
-            ("num_layers", num_layers),
-            ("num_heads", num_heads),
-            ("num_classes", 1 if num_classes is None else num_classes),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
-        if hidden_channels % num_heads:
+        if num_heads > 0 and hidden_channels % num_heads:
             raise ValueError(f"hidden_channels must be a multiple of num_heads, {num_heads}, but is {hidden_channels}")
         if len(max_grid) != 2 or min(max_grid) < 1:
             raise ValueError(f"max_grid must be a height and a width of at least 1, but is {tuple(max_grid)}")
-        if not 0 <= label_dropout < 1:
-            raise ValueError(f"label_dropout must be at least 0 and less than 1, but is {label_dropout}")
-        if label_dropout > 0 and num_classes is None:
-            raise ValueError("label_dropout needs labels, but num_classes is None")
-        self.num_codes = num_codes
+        super().__init__(
+            num_codes, hidden_channels, num_classes, label_dropout, num_layers=num_layers, num_heads=num_heads
+        )
         self.num_heads = num_heads
-        self.num_classes = num_classes
-        self.label_dropout = label_dropout
-        self.embedding = nn.Embedding(num_codes, hidden_channels)
         self.start = nn.Parameter(torch.empty(hidden_channels))
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, hidden_channels)
         self.row_embedding = nn.Parameter(torch.empty(max_grid[0], hidden_channels))
@@ -150,13 +137,8 @@ class TransformerPrior(nn.Module):
             ValueError: codes have the wrong shape or are larger than max_grid, or labels are missing, not expected or
                 (on the CPU) out of range.
         """
-        if codes.ndim != 3:
-            raise ValueError(f"codes must be (B, H, W), but have shape {tuple(codes.shape)}")
+        labels = self._prepare(codes, labels)
         batch, height, width = codes.shape
-        check_labels(self, labels, batch)
-        if labels is not None and self.training and self.label_dropout > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.label_dropout
-            labels = labels.masked_fill(dropped, -1)
         tokens = torch.cat([self.start_token(labels, batch), self.embedding(codes.flatten(1))], dim=1)[:, :-1]
         tokens = self.dropout(tokens + self.positions(height, width))
         for layer in self.layers:
@@ -181,58 +163,5 @@ class TransformerPrior(nn.Module):
             raise ValueError(f"a grid must be at most {most[0]} x {most[1]}, max_grid, but is {height} x {width}")
         return (self.row_embedding[:height, None] + self.column_embedding[:width]).flatten(0, 1)
 
-    def bits_per_code(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean -log2 p of a code, for each grid: (B,) of codes (B, H, W). It is differentiable."""
-        nats = F.cross_entropy(self(codes, labels), codes, reduction="none")
-        return nats.mean((1, 2)) / math.log(2)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        shape: tuple[int, int, int],
-        *,
-        labels: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float = 1.0,
-        known: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        cached: bool = True,
-        chunk: int | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """Draw codes (B, H, W) int64 in raster order, always without dropout.
-
-        Keys and values of every position are kept. The randomness is one uniform number (B, H, W) float64 for each
-        code, drawn from the generator at the start. A half-precision model is sampled in float32.
-
-        Args:
-            shape: (B, H, W).
-            labels: (B,), for a class-conditional prior.
-            temperature: the logits are divided by it.
-            top_k: draw among the k most likely codes only.
-            top_p: draw among the fewest most likely codes whose probability reaches p (nucleus sampling).
-            guidance: 1 draws from the prior given the label, 0 from the prior without it, more than 1 goes further
-                towards the label: logits = without + guidance * (with - without). Needs `label_dropout`.
-            known: (B, H, W) int64, codes to keep, and -1 where one is to be drawn given those before it.
-            generator: source of randomness, on the model's device.
-            cached: False runs a full forward pass for every code instead: the specification, for tests and benchmarks.
-            chunk: grids sampled together, which bounds the memory; None chooses. The noise of a grid does not depend
-                on it.
-            progress: show a bar, where tqdm is installed.
-
-        Raises:
-            ValueError: the grid is larger than max_grid, or labels, known or an option are out of range.
-        """
-        options = ancestral_sampling.check_options(self, temperature, top_k, top_p, guidance, chunk)
-        codes = ancestral_sampling.start_codes(self, shape, known)
+    def _check_grid(self, shape: torch.Size, **inputs: Any) -> None:
         self.positions(*shape[1:])  # refuses a grid that is too large
-        check_labels(self, labels, shape[0])
-        noise = torch.rand(shape, dtype=torch.float64, device=codes.device, generator=generator)
-        with ancestral_sampling.evaluating(self):
-            if cached:
-                return transformer_sampling.cached_sample(
-                    self, codes, noise, labels, options, chunk=chunk, progress=progress
-                )
-            return ancestral_sampling.plain_sample(self, codes, noise, labels, options, progress)

@@ -5,16 +5,16 @@ in a completion, go through the model in one pass.
 """
 
 import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vqkernels.backends.drawing import draw_codes, guided
-from vqkernels.models.ancestral_sampling import CHUNK_BYTES, CodePrior, Options, bar, chunks, with_and_without
+from vqkernels.models.ancestral_sampling import CHUNK_BYTES, Options, Sampled, bar, chunks, evaluating, with_and_without
 
 
-class Prior(CodePrior, Protocol):
+class SampledTransformer(Sampled, Protocol):
     """What the cached sampler asks of a transformer."""
 
     num_heads: int
@@ -28,28 +28,24 @@ class Prior(CodePrior, Protocol):
 
 
 def cached_sample(
-    model: Prior,
-    codes: Tensor,
-    noise: Tensor,
-    labels: Tensor | None,
-    options: Options,
-    *,
-    chunk: int | None = None,
-    progress: bool = False,
+    model: SampledTransformer, codes: Tensor, noise: Tensor, labels: Tensor | None, options: Options
 ) -> Tensor:
-    """Codes by `CachedSampler`, a chunk of the batch at a time; the model is in eval mode."""
+    """Codes by `CachedSampler`, a chunk of the batch at a time."""
     batch, height, width = codes.shape
-    if model.embedding.weight.dtype in (torch.float16, torch.bfloat16):
-        model = copy.deepcopy(model).float()  # type: ignore[attr-defined]
-    copies = 2 if options.guidance != 1.0 else 1
-    row_bytes = copies * height * width * 2 * len(model.layers) * model.embedding.weight[0].nbytes
-    parts = chunks(batch, chunk, row_bytes, CHUNK_BYTES)
-    sampler = None
-    for part, row in bar([(part, row) for part in parts for row in range(height)], progress, "row"):
-        if row == 0:
-            sampler = CachedSampler(model, codes[part], noise[part], None if labels is None else labels[part], options)
-        assert sampler is not None
-        sampler.advance(row * width, (row + 1) * width)
+    module: Any = model
+    with evaluating(module):
+        if model.embedding.weight.dtype in (torch.float16, torch.bfloat16):
+            model = copy.deepcopy(module).float()
+        copies = 2 if options.guidance != 1.0 else 1
+        row_bytes = copies * height * width * 2 * len(model.layers) * model.embedding.weight[0].nbytes
+        parts = chunks(batch, options.chunk, row_bytes, CHUNK_BYTES)
+        sampler = None
+        for part, row in bar([(part, row) for part in parts for row in range(height)], options.progress, "row"):
+            if row == 0:
+                given = None if labels is None else labels[part]
+                sampler = CachedSampler(model, codes[part], noise[part], given, options)
+            assert sampler is not None
+            sampler.advance(row * width, (row + 1) * width)
     return codes
 
 
@@ -64,7 +60,9 @@ class CachedSampler:
         options: how codes are drawn.
     """
 
-    def __init__(self, model: Prior, codes: Tensor, noise: Tensor, labels: Tensor | None, options: Options) -> None:
+    def __init__(
+        self, model: SampledTransformer, codes: Tensor, noise: Tensor, labels: Tensor | None, options: Options
+    ) -> None:
         self.model, self.options = model, options
         self.codes, self.noise = codes.view(len(codes), -1), noise.flatten(1)  # [B, N]
         labels, self.copies = with_and_without(labels, options.guidance)
@@ -96,7 +94,7 @@ class CachedSampler:
 
     def advance(self, begin: int, end: int) -> None:
         """Draws the codes at [begin, end); every earlier position must have been advanced."""
-        temperature, top_k, top_p, guidance = self.options
+        temperature, top_k, top_p, guidance = self.options[:4]
         for position in range(max(begin, self.done), end):
             logits = self.logits(position)
             if guidance != 1.0:

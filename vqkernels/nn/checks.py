@@ -3,10 +3,7 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
-
-from ..ops.checks import refuse_nested
 
 
 def check_size(name: str, value: Any) -> None:
@@ -70,16 +67,3 @@ def check_codes(codes: Any, **options: tuple[Any, int]) -> None:
             raise ValueError(
                 f"{name} must be {size} for codes of shape {list(codes.shape)}, got {given!r}: leave it out"
             )
-
-
-def check_channels(z: Any, dim: int, channel_dim: int) -> int:
-    """Checks that z has `dim` channels at `channel_dim`; returns that axis counted from the front."""
-    if not isinstance(z, Tensor):
-        raise TypeError(f"z must be a tensor, got {type(z).__name__}")
-    if not z.is_floating_point():
-        raise TypeError(f"z must be float32, bfloat16, float16 or float64, got {z.dtype}")
-    refuse_nested("z", z)
-    inside = -z.dim() <= channel_dim < z.dim()
-    if not inside or (not torch.jit.is_tracing() and z.shape[channel_dim] != dim):
-        raise ValueError(f"z must have {dim} channels at channel_dim={channel_dim}, got {list(z.shape)}")
-    return channel_dim % z.dim()

@@ -9,7 +9,7 @@ row is drawn exactly once.
 import torch
 from torch import Tensor
 
-from .heads import Rows
+from .rows import Rows
 
 _MASK = 0xFFFFFFFF
 _SEED_KEY = 0x9E3779B9

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..ops.entropy import entropy_loss
-from .heads import Rows
+from .rows import Rows
 
 
 def entropy_penalty(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..ops.kmeans import kmeans
 from .draws import count_rows, draw_positions, hashed, take_rows
-from .heads import Rows
 from .residuals import next_residual
+from .rows import Rows
 from .synchronisation import DEFAULT, Ranks
 
 ROWS_PER_CODE = 256

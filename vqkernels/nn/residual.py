@@ -4,35 +4,21 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backends import registry
-from ..ops.checks import GRADIENTS, METRICS, PRECISIONS, check_choice
 from ..ops.recomputation import advance
-from ..ops.residual import ResidualQuantization, residual_quantize_with_statistics
-from .checks import (
-    check_channels,
-    check_codes,
-    check_decay,
-    check_flag,
-    check_int,
-    check_number,
-    check_positive,
-    check_seed,
-    check_size,
-)
-from .codebook import Seen, TrainedCodebook
+from ..ops.residual import residual_quantize_with_statistics
+from .base import CodebookQuantizer, Forward, shown_defaults
+from .checks import check_codes, check_flag, check_number, check_size
 from .draws import hashed
-from .heads import Heads, Rows
 from .initialisation import initial_stack
 from .lookup import check_stack_indices, sum_codes
-from .masks import row_levels, row_mask, zero_masked
-from .projection import channels_at, project, project_codes
 from .residuals import residual_candidates
 from .revival import Candidates
+from .rows import Rows
 
 
-class ResidualVectorQuantizer(TrainedCodebook):
+class ResidualVectorQuantizer(CodebookQuantizer):
     """Residual vector quantization (Zeghidour et al. 2021, "SoundStream: An End-to-End Neural Audio Codec").
 
     Level q quantizes r_q, the rest that levels 0 to q - 1 left of z, and `quantized` is the sum of all codes. Search,
@@ -88,61 +74,40 @@ class ResidualVectorQuantizer(TrainedCodebook):
         backend: str = "auto",
         process_group: Any = None,
     ) -> None:
-        for name, size in (("dim", dim), ("codebook_size", codebook_size), ("levels", levels), ("groups", groups)):
-            check_size(name, size)
-        if codebook_dim is None:
-            if dim % groups:
-                raise ValueError(f"dim must be a multiple of groups={groups} where codebook_dim is None, got {dim}")
-            codebook_dim = dim // groups
-        check_size("codebook_dim", codebook_dim)
+        check_size("levels", levels)
+        check_size("groups", groups)
         check_flag("shared_codebook", shared_codebook)
         check_number("dropout", dropout, 0)
         if dropout > 1:
             raise ValueError(f"dropout must be a fraction in [0, 1], got {dropout!r}")
-        check_decay("ema_decay", ema_decay)
-        check_number("beta", beta, 0)
-        check_positive("revive_threshold", revive_threshold, below=1)
-        check_int("channel_dim", channel_dim)
-        check_seed(seed)
-        check_choice("ema_update", ema_update, ("forward", "manual"))
-        check_choice("metric", metric, METRICS)
-        check_choice("gradient", gradient, GRADIENTS)
-        check_choice("init", init, ("uniform", "kmeans"))
-        check_choice("revive", revive, ("off", "rows"))
-        check_choice("precision", precision, PRECISIONS)
-        check_choice("backend", backend, registry.NAMES)
-        if ema_update == "manual" and ema_decay is None:
-            raise ValueError('ema_update="manual" needs ema_decay: without it the optimizer updates the codebooks')
-        axes = {"groups": groups, "levels": levels, "codebook_size": codebook_size, "channels per code": codebook_dim}
-        if groups == 1:
-            del axes["groups"]
-        if shared_codebook:
-            del axes["levels"]
+        axes = {"groups": groups} if groups > 1 else {}
         super().__init__(
-            tuple(axes.values()),
-            axes=tuple(axes),
+            dim,
+            codebook_size,
+            codebook_dim=codebook_dim,
+            parts=("groups", groups),
+            leading=axes if shared_codebook else {**axes, "levels": levels},
+            beta=beta,
             ema_decay=ema_decay,
-            manual=ema_update == "manual",
-            cosine=False,
+            ema_update=ema_update,
+            metric=metric,
+            gradient=gradient,
             init=init,
             revive=revive,
             revive_threshold=revive_threshold,
             seed=seed,
-            sampled=False,
-            draws=dropout > 0,
+            channel_dim=channel_dim,
+            precision=precision,
+            backend=backend,
             process_group=process_group,
+            draws=dropout > 0,
             candidates=groups,
         )
-        self.dim, self.codebook_size, self.levels, self.codebook_dim = dim, codebook_size, levels, codebook_dim
-        self.groups, self.shared_codebook, self.dropout, self.beta = groups, shared_codebook, float(dropout), beta
-        self.ema_update, self.metric, self.gradient = ema_update, metric, gradient
-        self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
+        self.levels, self.groups, self.shared_codebook, self.dropout = levels, groups, shared_codebook, float(dropout)
         if dropout > 0:
             self.register_buffer("dropout_steps", torch.zeros((), dtype=torch.int64))
-        projects = groups * codebook_dim != dim
-        self.project_in = nn.Linear(dim, groups * codebook_dim) if projects else None
-        self.project_out = nn.Linear(groups * codebook_dim, dim) if projects else None
-        self.reset_codebook()
+
+    _shown = shown_defaults(__init__)
 
     @classmethod
     def from_codebook(cls, codes: Tensor, *, weight: float = 1.0, **options: Any) -> "ResidualVectorQuantizer":
@@ -159,21 +124,12 @@ class ResidualVectorQuantizer(TrainedCodebook):
         if codes.dim() not in (axes, axes + 1):
             expected = "(K, D) or (G, K, D)" if axes == 2 else "(Q, K, D) or (G, Q, K, D)"
             raise ValueError(f"codes must be {expected}, got {list(codes.shape)}")
-        groups, (size, codebook_dim) = codes.shape[:-axes].numel(), codes.shape[-2:]
-        options = {"dim": codebook_dim * groups, "groups": groups, **options}
+        groups = codes.shape[:-axes].numel()
+        options = {"dim": codes.shape[-1] * groups, "groups": groups, **options}
         if axes == 3:
             check_codes(codes, levels=(options.get("levels", codes.shape[-3]), codes.shape[-3]))
             options["levels"] = codes.shape[-3]
-        layer = cls(codebook_size=size, codebook_dim=codebook_dim, **options).to(codes.device)
-        layer.set_codebook(codes.view(layer.codebook.shape), weight)
-        return layer
-
-    def reset_parameters(self) -> None:
-        """Draws codes and projections anew and clears all statistics."""
-        self.reset_codebook()
-        for linear in (self.project_in, self.project_out):
-            if linear is not None:
-                linear.reset_parameters()
+        return cls._holding(codes, weight, options)
 
     def forward(
         self,
@@ -199,21 +155,14 @@ class ResidualVectorQuantizer(TrainedCodebook):
             losses: `(Q,)`, or `(G, Q)`: `codebook + beta * commitment` of every level, or `beta * commitment` with EMA;
                 in the space of the codes, mean over the elements of the rows that pass the level. Also in eval mode.
         """
-        channel_dim = check_channels(z, self.dim, self.channel_dim)
-        mask = row_mask(z, channel_dim, mask, lengths)
-        heads = Heads(self.groups, True, channel_dim)
-        rows = self._rows(z, mask, heads)
-        freeze = freeze or self.frozen
-        seen = self._begin(z, rows, freeze, self.dropout_steps if self.dropout > 0 else None)
-        learns = None if freeze or (seen is not None and seen.learns is False) else seen
-        passed = row_levels(z, channel_dim, levels, self.levels)
-        if passed is None and self.dropout > 0 and seen is not None:
-            passed = row_levels(z, channel_dim, self._dropped(z, channel_dim, seen), self.levels)
-        # The backward pass needs the codes that were looked up, and an update below overwrites them.
-        codebook = self._looked_up(seen, freeze)
+        steps = self.dropout_steps if self.dropout > 0 else None
+        forward = self._enter(z, mask, lengths, freeze, separate=True, steps=steps)
+        rows, passed = forward.rows, forward.layout.levels(levels, self.levels, z.device)
+        if passed is None and self.dropout > 0 and forward.seen is not None:
+            passed = forward.layout.levels(self._dropped(forward), self.levels, z.device)
         result = residual_quantize_with_statistics(
             rows.values,
-            self._stack(codebook),
+            self._stack(forward.codebook),
             mask=rows.mask,
             levels=passed if passed is None or not rows.batched else passed.expand(self.groups, *passed.shape),
             metric=self.metric,
@@ -221,36 +170,30 @@ class ResidualVectorQuantizer(TrainedCodebook):
             precision=self.precision,
             channel_dim=rows.channel_dim,
             backend=self.backend,
-            statistics=learns is not None,
+            statistics=forward.learns is not None,
         )
-        if learns is not None:
-            result = self._per_codebook(result)
-            self.learn(learns, result.counts, result.sums, rows)
-        losses = self.beta * result.commitment_losses
-        if self.ema_decay is None:
-            losses = losses + result.codebook_losses
+        if forward.learns is not None:
+            counts, sums = result.counts, result.sums
+            if self.shared_codebook:  # it has the statistics of all levels
+                counts, sums = counts.sum(1), sums.sum(1)
+            self.learn(forward.learns, counts.view(self.counts.shape), sums.view(self.codebook.shape), rows)
+        losses = self._loss(result.commitment_losses, result.codebook_losses)
         indices = result.indices.movedim(0, -2).contiguous() if self.groups > 1 else result.indices
         losses = losses if self.groups > 1 else losses[0]
-        quantized, losses = self._reached(self._restore(result.quantized, z, mask, heads), losses, freeze)
+        quantized, losses = self._leave(forward, result.quantized, losses, z.dtype)
         return quantized, indices, losses
 
-    def _dropped(self, z: Tensor, channel_dim: int, seen: Seen) -> Tensor:
-        """How many levels each element of z's first axis but channels passes in this training forward."""
-        sizes = z.shape[:channel_dim] + z.shape[channel_dim + 1 :]
-        elements = sizes[0] if sizes else 1
-        seed, steps = seen.draws
+    def _dropped(self, forward: Forward) -> Tensor:
+        """How many levels each element of z's first axis passes in this training forward."""
+        assert forward.seen is not None
+        shape = forward.layout.shape
+        elements = shape[0] if shape else 1
+        seed, steps = forward.seen.draws
         draws = hashed(seed, steps, 2 * elements)
         chance, number = draws[:elements], draws[elements:]
-        advance(self.dropout_steps, seen.again)
+        advance(self.dropout_steps, forward.seen.again)
         short = chance < math.ceil(self.dropout * 2**32)
         return torch.where(short, 1 + number % self.levels, self.levels)
-
-    def _rows(self, z: Tensor, mask: Tensor | None, heads: Heads) -> Rows:
-        """z -> rows in the space of the codes, split among groups."""
-        if self.project_in is not None:
-            # A masked row may hold a NaN, and 0 * NaN would reach the weights' gradient.
-            z = zero_masked(z, mask, heads.channel_dim)
-        return heads.split(project(self.project_in, z, heads.channel_dim), mask)
 
     def _stack(self, codebook: Tensor) -> Tensor:
         """The codebooks of all levels `(Q, K, D)`, or `(G, Q, K, D)`; a shared one is expanded, not copied."""
@@ -258,30 +201,15 @@ class ResidualVectorQuantizer(TrainedCodebook):
             return codebook
         return codebook.unsqueeze(-3).expand(*codebook.shape[:-2], self.levels, *codebook.shape[-2:])
 
-    def _per_codebook(self, result: ResidualQuantization) -> ResidualQuantization:
-        """Statistics of the stored codebooks: a shared one has those of all its levels."""
-        counts, sums = result.counts, result.sums
-        if self.shared_codebook:
-            counts, sums = counts.sum(1), sums.sum(1)
-        return result._replace(counts=counts.view(self.counts.shape), sums=sums.view(self.codebook.shape))
-
-    def _initial_codes(self, rows: Rows, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+    def _initial_codes(self, rows: Rows) -> tuple[Tensor, Tensor]:
         size, shared = self.codebook_size, self.shared_codebook
-        codes, distinct = initial_stack(rows, size, self.levels, self.seed, backend, shared, self.ranks)
+        codes, distinct = initial_stack(rows, size, self.levels, self.seed, self.backend, shared, self.ranks)
         return codes.view_as(self.codebook), distinct
 
     def _spread(self, candidates: Candidates) -> Candidates:
         stack = self._stack(self.codebook.detach())
         stack = stack if self.groups > 1 else stack.unsqueeze(0)
         return residual_candidates(candidates, stack, self.shared_codebook, self.metric, self.backend)
-
-    def _restore(self, quantized: Tensor, z: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
-        """Quantized rows -> z's shape and dtype."""
-        quantized = heads.join(quantized)
-        if self.project_out is not None:
-            quantized = project_codes(self.project_out, quantized, heads.channel_dim)
-            quantized = zero_masked(quantized, mask, heads.channel_dim)
-        return quantized.to(z.dtype)
 
     def decode(self, indices: Tensor, *, check: bool = True) -> Tensor:
         """What `forward` gives for `indices`, laid out like z; -1 adds nothing.
@@ -292,36 +220,7 @@ class ResidualVectorQuantizer(TrainedCodebook):
             check: as in `VectorQuantizer.decode`.
         """
         indices = check_stack_indices(indices, self.codebook_size, self.groups, self.levels, check)
-        stack = self._stack(self.codebook)
-        codes = sum_codes(stack, indices)
-        codes = codes.flatten(-2) if self.groups > 1 else codes
-        if self.project_out is not None:
-            none = (indices == -1).all(-1)
-            none = none.all(-1) if self.groups > 1 else none
-            codes = zero_masked(project_codes(self.project_out, codes), ~none, -1)
-        return channels_at(codes, self.channel_dim)
+        return self._decoded(sum_codes(self._stack(self.codebook), indices), indices, 1 + int(self.groups > 1))
 
-    def extra_repr(self) -> str:
-        parts = [f"{self.dim}, {self.codebook_size}, levels={self.levels}", f"beta={self.beta}"]
-        for name, default in _DEFAULTS.items():
-            if getattr(self, name) != default:
-                parts.append(f"{name}={getattr(self, name)!r}")
-        if self.codebook_dim * self.groups != self.dim:
-            parts.insert(1, f"codebook_dim={self.codebook_dim}")
-        return ", ".join(parts)
-
-
-_DEFAULTS = {
-    "groups": 1,
-    "shared_codebook": False,
-    "dropout": 0.0,
-    "ema_decay": None,
-    "ema_update": "forward",
-    "metric": "euclidean",
-    "gradient": "straight_through",
-    "init": "uniform",
-    "revive": "off",
-    "channel_dim": -1,
-    "precision": "exact",
-    "backend": "auto",
-}
+    def _sizes_repr(self) -> str:
+        return f"{super()._sizes_repr()}, levels={self.levels}"

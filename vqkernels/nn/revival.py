@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .draws import count_rows, draw_positions, hashed, take_rows
-from .heads import Rows
+from .rows import Rows
 from .synchronisation import DEFAULT, Ranks
 
 MOST_PER_STEP = 1024

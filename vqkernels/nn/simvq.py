@@ -5,16 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import registry
-from ..ops.checks import GRADIENTS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
 from ..ops.recomputation import change, enter
-from .checks import check_channels, check_int, check_number, check_size
+from .base import check_common
+from .checks import check_size
 from .freezing import Freezable, untouched
 from .lookup import check_indices, look_up
-from .masks import row_mask
 from .metrics import Counted
 from .projection import channels_at, project_codes
+from .rows import RowLayout
 from .synchronisation import Ranks
 from .wide import WideBuffers
 
@@ -51,14 +50,17 @@ class SimVQ(Counted, Freezable, WideBuffers):
         process_group: Any = None,
     ) -> None:
         super().__init__()
+        check_common(
+            dim=dim,
+            codebook_size=codebook_size,
+            beta=beta,
+            gradient=gradient,
+            channel_dim=channel_dim,
+            precision=precision,
+            backend=backend,
+        )
         basis_dim = dim if basis_dim is None else basis_dim
-        for name, size in (("dim", dim), ("codebook_size", codebook_size), ("basis_dim", basis_dim)):
-            check_size(name, size)
-        check_number("beta", beta, 0)
-        check_int("channel_dim", channel_dim)
-        check_choice("gradient", gradient, GRADIENTS)
-        check_choice("precision", precision, PRECISIONS)
-        check_choice("backend", backend, registry.NAMES)
+        check_size("basis_dim", basis_dim)
         self.dim, self.codebook_size, self.beta, self.gradient = dim, codebook_size, beta, gradient
         self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
         self.ranks = Ranks(process_group)
@@ -83,7 +85,7 @@ class SimVQ(Counted, Freezable, WideBuffers):
         self, z: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None, freeze: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes z; arguments and results as in `VectorQuantizer.forward`, loss = codebook + beta * commitment."""
-        channel_dim = check_channels(z, self.dim, self.channel_dim)
+        layout = RowLayout.of(z, self.dim, self.channel_dim, mask=mask, lengths=lengths)
         freeze = freeze or self.frozen
         if self.training:
             self.widen_buffers()
@@ -91,10 +93,10 @@ class SimVQ(Counted, Freezable, WideBuffers):
         result = quantize_with_statistics(
             z,
             self.codes.detach() if freeze else self.codes,
-            mask=row_mask(z, channel_dim, mask, lengths),
+            mask=layout.mask,
             gradient=self.gradient,
             precision=self.precision,
-            channel_dim=channel_dim,
+            channel_dim=layout.channel_dim,
             backend=self.backend,
             statistics=seen is not None and seen.learns is not False,
         )

@@ -3,37 +3,24 @@
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backends import registry
-from ..ops.checks import GRADIENTS, METRICS, PRECISIONS, check_choice
 from ..ops.quantize import quantize_with_statistics
 from ..ops.recomputation import advance
 from ..ops.sample import sample_code
-from .checks import (
-    check_channels,
-    check_codes,
-    check_decay,
-    check_flag,
-    check_int,
-    check_number,
-    check_positive,
-    check_seed,
-    check_size,
-)
-from .codebook import Seen, TrainedCodebook
+from .base import CodebookQuantizer, shown_defaults
+from .checks import check_codes, check_flag, check_number, check_positive, check_size
 from .draws import step_key
 from .entropy import entropy_penalty
-from .heads import Heads, Rows
+from .learning import Seen
 from .lookup import check_indices, look_up
-from .masks import row_mask, zero_masked
 from .normalisation import unit
-from .projection import channels_at, project, project_codes
+from .rows import Rows
 from .scalar import Scalar
 from .synchronisation import global_rank
 
 
-class VectorQuantizer(TrainedCodebook):
+class VectorQuantizer(CodebookQuantizer):
     """Vector quantization (van den Oord et al. 2017, "Neural Discrete Representation Learning").
 
     Args:
@@ -71,7 +58,7 @@ class VectorQuantizer(TrainedCodebook):
         process_group: the ranks that learn together: None for the default group, a `torch.distributed.ProcessGroup`, or
             False for this rank alone.
 
-    State: see `vqkernels.nn.codebook.TrainedCodebook`, and `project_in`, `project_out` where there are projections.
+    State: see `vqkernels.nn.codebook.CodebookState`, and `project_in`, `project_out` where there are projections.
     Floating buffers are never narrower than float32, whatever the module is cast to. With a process group (asked for in
     every forward) the statistics of all ranks are summed, so every rank must call the layer equally often; a rank
     without rows calls it with an empty z. FSDP2 drops what a forward writes into a Parameter: with it, init="kmeans"
@@ -109,55 +96,39 @@ class VectorQuantizer(TrainedCodebook):
         backend: str = "auto",
         process_group: Any = None,
     ) -> None:
-        for name, size in (("dim", dim), ("codebook_size", codebook_size), ("heads", heads)):
-            check_size(name, size)
-        if codebook_dim is None:
-            if dim % heads:
-                raise ValueError(f"dim must be a multiple of heads={heads} where codebook_dim is None, got {dim}")
-            codebook_dim = dim // heads
-        check_size("codebook_dim", codebook_dim)
-        check_decay("ema_decay", ema_decay)
-        check_number("beta", beta, 0)
-        check_positive("revive_threshold", revive_threshold, below=1)
+        check_size("heads", heads)
+        check_flag("separate_codebooks", separate_codebooks)
         if entropy_weight is not None:
             check_number("entropy_weight", entropy_weight, 0)
         check_number("entropy_gamma", entropy_gamma, 0)
-        check_flag("separate_codebooks", separate_codebooks)
-        check_int("channel_dim", channel_dim)
-        check_seed(seed)
-        check_choice("ema_update", ema_update, ("forward", "manual"))
-        check_choice("metric", metric, METRICS)
-        check_choice("gradient", gradient, GRADIENTS)
-        check_choice("init", init, ("uniform", "kmeans"))
-        check_choice("revive", revive, ("off", "rows"))
-        check_choice("precision", precision, PRECISIONS)
-        check_choice("backend", backend, registry.NAMES)
-        if ema_update == "manual" and ema_decay is None:
-            raise ValueError('ema_update="manual" needs ema_decay: without it the optimizer updates the codebook')
         separate = separate_codebooks and heads > 1
         super().__init__(
-            (heads, codebook_size, codebook_dim) if separate else (codebook_size, codebook_dim),
+            dim,
+            codebook_size,
+            codebook_dim=codebook_dim,
+            parts=("heads", heads),
+            leading={"heads": heads} if separate else {},
+            beta=beta,
             ema_decay=ema_decay,
-            manual=ema_update == "manual",
-            cosine=metric == "cosine",
+            ema_update=ema_update,
+            metric=metric,
+            gradient=gradient,
             init=init,
             revive=revive,
             revive_threshold=revive_threshold,
             seed=seed,
-            sampled=temperature is not None,
-            draws=False,
+            channel_dim=channel_dim,
+            precision=precision,
+            backend=backend,
             process_group=process_group,
+            cosine=metric == "cosine",
+            sampled=temperature is not None,
         )
-        self.dim, self.codebook_size, self.codebook_dim, self.heads = dim, codebook_size, codebook_dim, heads
-        self.separate_codebooks, self.beta, self.ema_update, self.metric = separate, beta, ema_update, metric
-        self.gradient, self.temperature = gradient, temperature
+        self.heads, self.separate_codebooks, self.temperature = heads, separate, temperature
         self.entropy_weight, self.entropy_gamma = entropy_weight, entropy_gamma
         self.entropy_temperature = entropy_temperature
-        self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
-        projects = heads * codebook_dim != dim
-        self.project_in = nn.Linear(dim, heads * codebook_dim) if projects else None
-        self.project_out = nn.Linear(heads * codebook_dim, dim) if projects else None
-        self.reset_codebook()
+
+    _shown = shown_defaults(__init__)
 
     @classmethod
     def from_codebook(cls, codes: Tensor, *, weight: float = 1.0, **options: Any) -> "VectorQuantizer":
@@ -171,21 +142,10 @@ class VectorQuantizer(TrainedCodebook):
         check_codes(codes)
         if codes.dim() not in (2, 3):
             raise ValueError(f"codes must be (K, D), or (H, K, D) for heads, got {list(codes.shape)}")
-        size, codebook_dim = codes.shape[-2:]
         if codes.dim() == 3:
             check_codes(codes, heads=(options.get("heads", len(codes)), len(codes)))
             options |= {"heads": len(codes), "separate_codebooks": True}
-        options = {"dim": codebook_dim * options.get("heads", 1), **options}
-        layer = cls(codebook_size=size, codebook_dim=codebook_dim, **options).to(codes.device)
-        layer.set_codebook(codes.view(layer.codebook.shape), weight)
-        return layer
-
-    def reset_parameters(self) -> None:
-        """Draws codes and projections anew and clears all statistics."""
-        self.reset_codebook()
-        for linear in (self.project_in, self.project_out):
-            if linear is not None:
-                linear.reset_parameters()
+        return cls._holding(codes, weight, {"dim": codes.shape[-1] * options.get("heads", 1), **options})
 
     def forward(
         self, z: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None, freeze: bool = False
@@ -206,19 +166,16 @@ class VectorQuantizer(TrainedCodebook):
             loss: 0-d; `codebook + beta * commitment`, or `beta * commitment` with EMA; in the space of the codes, mean
                 over all unmasked elements. Also in eval mode. With entropy_weight, the entropies in training mode.
         """
-        channel_dim = check_channels(z, self.dim, self.channel_dim)
-        mask = row_mask(z, channel_dim, mask, lengths)
-        heads = Heads(self.heads, self.separate_codebooks, channel_dim)
-        rows = self._rows(z, mask, heads)
-        freeze = freeze or self.frozen
         scalars = [] if self.entropy_weight is None else [self._entropy_temperature]
         scalars += [] if self._temperature is None else [self._temperature]
-        seen = self._begin(z, rows, freeze, None if self._temperature is None else self.sample_steps, scalars)
-        learns = None if freeze or (seen is not None and seen.learns is False) else seen
-        # The backward pass needs the codes that were looked up, and an update below overwrites them.
-        codebook = self._looked_up(seen, freeze)
-        codes = unit(codebook) if self.metric == "cosine" else codebook
+        steps = None if self._temperature is None else self.sample_steps
+        forward = self._enter(z, mask, lengths, freeze, separate=self.separate_codebooks, steps=steps, scalars=scalars)
+        rows, seen = forward.rows, forward.seen
+        codes = unit(forward.codebook) if self.metric == "cosine" else forward.codebook
         metric = "dot" if self.metric == "cosine" else self.metric
+        drawn = None
+        if seen is not None and seen.draws and not forward.freeze:
+            drawn = self._sampled(rows, codes, metric, seen)
         result = quantize_with_statistics(
             rows.values,
             codes,
@@ -228,28 +185,18 @@ class VectorQuantizer(TrainedCodebook):
             precision=self.precision,
             channel_dim=rows.channel_dim,
             backend=self.backend,
-            statistics=learns is not None,
-            indices=None if freeze or seen is None or not seen.draws else self._sampled(rows, codes, metric, seen),
+            statistics=forward.learns is not None,
+            indices=drawn,
         )
-        loss = self.beta * result.commitment_loss
-        if self.ema_decay is None:
-            loss = loss + result.codebook_loss
+        loss = self._loss(result.commitment_loss, result.codebook_loss)
         if seen is not None and self.entropy_weight is not None:
             options = (self.entropy_weight, self.entropy_gamma, seen.scalars[0], self.backend)
             loss = loss + entropy_penalty(rows, codes, metric, *options)
-        if learns is not None:
+        if forward.learns is not None:
             counts, sums = result.counts.view(self.counts.shape), result.sums.view(self.codebook.shape)
-            self.learn(learns, counts, sums, rows)
-        quantized, loss = self._reached(self._restore(result.quantized, z, mask, heads), loss, freeze)
-        return quantized, heads.join_indices(result.indices), loss
-
-    def _rows(self, z: Tensor, mask: Tensor | None, heads: Heads) -> Rows:
-        """z -> rows in the space of the codes, split among heads."""
-        if self.project_in is not None or self.metric == "cosine":
-            # A masked row may hold a NaN, and 0 * NaN would reach the weights' gradient.
-            z = zero_masked(z, mask, heads.channel_dim)
-        rows = heads.split(project(self.project_in, z, heads.channel_dim), mask)
-        return rows._replace(values=unit(rows.values, rows.channel_dim)) if self.metric == "cosine" else rows
+            self.learn(forward.learns, counts, sums, rows)
+        quantized, loss = self._leave(forward, result.quantized, loss, z.dtype)
+        return quantized, forward.layout.join_indices(result.indices), loss
 
     def _sampled(self, rows: Rows, codes: Tensor, metric: str, seen: Seen) -> Tensor:
         """Codes drawn for the rows; other draws in every step and on every rank."""
@@ -267,14 +214,6 @@ class VectorQuantizer(TrainedCodebook):
         advance(self.sample_steps, seen.again)
         return indices
 
-    def _restore(self, quantized: Tensor, z: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
-        """Quantized rows -> z's shape and dtype."""
-        quantized = heads.join(quantized)
-        if self.project_out is not None:
-            quantized = project_codes(self.project_out, quantized, heads.channel_dim)
-            quantized = zero_masked(quantized, mask, heads.channel_dim)
-        return quantized.to(z.dtype)
-
     def decode(self, indices: Tensor, *, check: bool = True) -> Tensor:
         """What `forward` gives for `indices`, laid out like z; -1 becomes zeros.
 
@@ -284,38 +223,4 @@ class VectorQuantizer(TrainedCodebook):
                 compiling, a row out of range becomes NaN. On the CPU the range is always checked.
         """
         indices = check_indices(indices, self.codebook_size, self.heads, check)
-        codes = look_up(self.codes, indices)
-        codes = codes.flatten(-2) if self.heads > 1 else codes
-        if self.project_out is not None:
-            masked = (indices == -1).all(-1) if self.heads > 1 else indices == -1
-            codes = project_codes(self.project_out, codes)
-            codes = zero_masked(codes, ~masked, -1)
-        return channels_at(codes, self.channel_dim)
-
-    def extra_repr(self) -> str:
-        parts = [f"{self.dim}, {self.codebook_size}", f"beta={self.beta}"]
-        for name, default in _DEFAULTS.items():
-            if getattr(self, name) != default:
-                parts.append(f"{name}={getattr(self, name)!r}")
-        if self.codebook_dim * self.heads != self.dim:
-            parts.insert(1, f"codebook_dim={self.codebook_dim}")
-        return ", ".join(parts)
-
-
-_DEFAULTS = {
-    "heads": 1,
-    "separate_codebooks": False,
-    "ema_decay": None,
-    "ema_update": "forward",
-    "metric": "euclidean",
-    "gradient": "straight_through",
-    "temperature": None,
-    "entropy_weight": None,
-    "entropy_gamma": 1.0,
-    "entropy_temperature": 0.01,
-    "init": "uniform",
-    "revive": "off",
-    "channel_dim": -1,
-    "precision": "exact",
-    "backend": "auto",
-}
+        return self._decoded(look_up(self.codes, indices), indices, int(self.heads > 1))

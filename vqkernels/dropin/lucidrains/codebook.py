@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...nn.draws import count_rows, hashed
-from ...nn.heads import Rows
 from ...nn.initialisation import sample_rows
 from ...nn.revival import Candidates, draw_candidates, draw_candidates_over_ranks
+from ...nn.rows import Rows
 from ...nn.synchronisation import one_hot_rank, sum_over_ranks, world_size
 from ...nn.wide import wide_dtype
 from ...ops.kmeans import kmeans

@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...nn.checks import check_channels
-from ...nn.heads import Heads, Rows
 from ...nn.lookup import look_up
-from ...nn.masks import row_mask, zero_masked
 from ...nn.normalisation import unit
 from ...nn.orthogonal import orthogonal_loss
 from ...nn.projection import channels_at, project
+from ...nn.rows import RowLayout, Rows
 from ...ops.quantize import Quantization, quantize_with_statistics
 from ...ops.recomputation import as_seen, enter
 from ...ops.statistics import codebook_statistics
@@ -42,8 +40,7 @@ class Step(NamedTuple):
     """What one forward knows."""
 
     x: Tensor
-    mask: Tensor | None  # of x's shape without channels
-    heads: Heads
+    layout: RowLayout  # of x
     rows: Rows
     embed: Tensor  # the codes that were looked up, before any update
     result: Quantization
@@ -110,7 +107,7 @@ class VectorQuantize(ConfiguredQuantizer):
         )
         if indices is not None:
             values = step.quantized.to(x.dtype)
-            return as_peer_rows(values, step.rows, step.heads), self.cross_entropy(step, indices)
+            return as_peer_rows(values, step.rows, step.layout), self.cross_entropy(step, indices)
         loss, parts = self.loss(step)
         results = (self.output(step), step.indices, loss)
         return (*results, parts) if return_loss_breakdown else results
@@ -129,8 +126,8 @@ class VectorQuantize(ConfiguredQuantizer):
     ) -> Step:
         """One forward without its results: finds codes, then in training updates the codebook."""
         freeze = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        heads, mask = self._layout(x, mask, lens)
-        rows = self._rows(x, mask, heads)
+        layout = self._layout(x, mask, lens)
+        rows = self._rows(x, layout)
         codebook = self._codebook
         if self.training:
             codebook.widen_buffers()
@@ -153,8 +150,8 @@ class VectorQuantize(ConfiguredQuantizer):
                 first=first,
             )
         quantized = self._with_gradient(x, rows, embed, result)
-        indices = heads.join_indices(result.indices)
-        return Step(x, mask, heads, rows, embed, result, quantized, indices, freeze, first)
+        indices = layout.join_indices(result.indices)
+        return Step(x, layout, rows, embed, result, quantized, indices, freeze, first)
 
     def _as_seen(self, rows: Rows, *here: Tensor) -> tuple[Tensor, bool | Tensor]:
         """`embed (h, K, D)` as the first pass of this forward has it here, for its backward pass; and `Step.first`.
@@ -168,24 +165,24 @@ class VectorQuantize(ConfiguredQuantizer):
         seen = enter(codebook.initted, rows.values, [codebook.embed, *here], changes=torch.is_grad_enabled())
         return as_seen(codebook.embed, seen.state[0]), seen.first
 
-    def _layout(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> tuple[Heads, Tensor | None]:
+    def _layout(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> RowLayout:
         """Where x keeps its channels, and which of its rows count."""
-        channel_dim = check_channels(x, self.dim, 1 if self._channels_first and x.dim() > 2 else -1)
         if lens is not None and (self.accept_image_fmap or self.accept_3d_fmap):
             raise ValueError("lens is for sequences: give a mask for images and volumes")
-        mask = row_mask(x, channel_dim, mask, lens)
-        return Heads(self.heads, self.separate_codebook_per_head and self.heads > 1, channel_dim), mask
+        channel_dim = 1 if self._channels_first and isinstance(x, Tensor) and x.dim() > 2 else -1
+        separate = self.separate_codebook_per_head
+        return RowLayout.of(x, self.dim, channel_dim, mask=mask, lengths=lens, heads=self.heads, separate=separate)
 
-    def _rows(self, x: Tensor, mask: Tensor | None, heads: Heads) -> Rows:
+    def _rows(self, x: Tensor, layout: RowLayout) -> Rows:
         """x -> rows in the space of the codes, split among heads."""
         inner = x
         if self.has_projections or self.use_cosine_sim:
             # A masked row may hold a NaN, and 0 * NaN would reach the weights' gradient.
-            inner = zero_masked(x, mask, heads.channel_dim)
+            inner = layout.zero_masked(x)
         if self.has_projections:
-            inner = project(self.project_in, inner, heads.channel_dim)
+            inner = project(self.project_in, inner, layout.channel_dim)
         # Autocast narrows a projection; codes are looked up in x's precision.
-        rows = heads.split(inner.to(torch.promote_types(inner.dtype, x.dtype)), mask)
+        rows = layout.split(inner.to(torch.promote_types(inner.dtype, x.dtype)))
         return rows._replace(values=unit(rows.values, rows.channel_dim)) if self.use_cosine_sim else rows
 
     def _quantize(
@@ -247,9 +244,9 @@ class VectorQuantize(ConfiguredQuantizer):
     def _commitment(self, step: Step) -> Tensor:
         if self.commitment_use_cross_entropy_loss:
             return self.cross_entropy(step, step.indices)
-        if step.mask is not None and self.use_cosine_sim and self.heads == 1 and not self.has_projections:
+        if step.layout.mask is not None and self.use_cosine_sim and self.heads == 1 and not self.has_projections:
             # The peer measures masked batches against x before it is scaled to length one.
-            given, axis = step.result.indices, step.heads.channel_dim
+            given, axis = step.result.indices, step.layout.channel_dim
             return quantize_with_statistics(
                 step.x, step.embed.detach(), channel_dim=axis, statistics=False, indices=given
             ).commitment_loss
@@ -279,7 +276,7 @@ class VectorQuantize(ConfiguredQuantizer):
         """Of the rows against codes shaped as `forward` returns them, or with their positions flattened."""
         rows = step.rows
         targets = targets.movedim(-1, 0) if rows.batched else targets
-        values = canonical(rows.values, rows, step.heads)
+        values = canonical(rows.values, rows, step.layout)
         if targets.numel() != values.shape[:2].numel():
             raise ValueError(f"indices must be shaped {list(step.indices.shape)}, got {list(targets.shape)}")
         codes = step.embed if rows.batched else step.embed.unsqueeze(0)
@@ -288,8 +285,8 @@ class VectorQuantize(ConfiguredQuantizer):
 
     def output(self, step: Step) -> Tensor:
         """The codes of a step laid out like x."""
-        x, mask, axis = step.x, step.mask, step.heads.channel_dim
-        quantized = step.heads.join(step.quantized.to(x.dtype))
+        x, mask, axis = step.x, step.layout.mask, step.layout.channel_dim
+        quantized = step.layout.join(step.quantized.to(x.dtype))
         if self.has_projections:
             quantized = project(self.project_out, quantized, axis)
         if mask is None or (self.return_zeros_for_masked_padding and not self.has_projections):
@@ -316,10 +313,10 @@ class VectorQuantize(ConfiguredQuantizer):
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """One step of the codebook from rows and codes that were chosen elsewhere; -1 counts nowhere."""
-        heads, mask = self._layout(x, mask, None)
-        rows = self._rows(x, mask, heads)
+        layout = self._layout(x, mask, None)
+        rows = self._rows(x, layout)
         if self.heads > 1:
-            indices = indices.movedim(-1, 0 if rows.batched else heads.channel_dim)
+            indices = indices.movedim(-1, 0 if rows.batched else layout.channel_dim)
         codebook, shape = self._codebook, self._codebook.embed.shape
         if not (self.ema_update or codebook.has_dead_code_replacement):
             return
@@ -340,7 +337,8 @@ class VectorQuantize(ConfiguredQuantizer):
     @torch.no_grad()
     def expire_codes_(self, x: Tensor) -> None:
         """Replaces dead codes by rows of x `(B, N, D H)`, which is in the space of the codes; in training only."""
-        rows = Heads(self.heads, self.separate_codebook_per_head and self.heads > 1, x.dim() - 1).split(x, None)
+        separate = self.separate_codebook_per_head
+        rows = RowLayout.of(x, x.shape[-1], -1, heads=self.heads, separate=separate).split(x)
         rows = rows._replace(values=unit(rows.values, rows.channel_dim)) if self.use_cosine_sim else rows
         self._codebook.expire(rows, enter(self._codebook.initted, rows.values, [], changes=False).first)
 

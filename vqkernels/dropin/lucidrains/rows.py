@@ -5,25 +5,25 @@ import math
 import torch
 from torch import Tensor
 
-from ...nn.heads import Heads, Rows
 from ...nn.normalisation import unit
+from ...nn.rows import RowLayout, Rows
 
 
-def canonical(values: Tensor, rows: Rows, heads: Heads | None = None) -> Tensor:
-    """Values of rows as `(h, N, D)`; given `heads`, in the order of joined indices, where heads come last."""
+def canonical(values: Tensor, rows: Rows, layout: RowLayout | None = None) -> Tensor:
+    """Values of rows as `(h, N, D)`; given `layout`, in the order of joined indices, where heads come last."""
     values = values.movedim(rows.channel_dim, -1)
-    if heads is not None and heads.number > 1 and not rows.batched:
-        values = values.movedim(heads.channel_dim, -2)
+    if layout is not None and layout.heads > 1 and not rows.batched:
+        values = values.movedim(layout.channel_dim, -2)
     number = rows.values.numel() // values.shape[-1] // (len(values) if rows.batched else 1)
     return values.reshape(len(values) if rows.batched else 1, number, values.shape[-1])
 
 
-def as_peer_rows(quantized: Tensor, rows: Rows, heads: Heads) -> Tensor:
+def as_peer_rows(quantized: Tensor, rows: Rows, layout: RowLayout) -> Tensor:
     """`(B, N, D)`; with heads `(H, B, N, D)` if separate and `(1, B H, N, D)` if shared."""
     values = quantized.movedim(rows.channel_dim, -1)
-    if heads.number == 1:
+    if layout.heads == 1:
         return values.reshape(len(values), math.prod(values.shape[1:-1]), values.shape[-1])
-    values = values if rows.batched else values.movedim(heads.channel_dim, 1)
+    values = values if rows.batched else values.movedim(layout.channel_dim, 1)
     number = math.prod(values.shape[2:-1])
     if rows.batched:
         return values.reshape(*values.shape[:2], number, values.shape[-1])

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...nn.checks import check_channels
 from ...nn.lookup import look_up
 from ...nn.projection import channels_at
+from ...nn.rows import RowLayout
 from ...ops.quantize import quantize_with_statistics
 
 
@@ -60,7 +60,7 @@ class SimVQ(nn.Module):
             x,
             codes,
             gradient="rotation" if self.rotation_trick else "straight_through",
-            channel_dim=check_channels(x, codes.shape[-1], 1 if self.channel_first else -1),
+            channel_dim=RowLayout.of(x, codes.shape[-1], 1 if self.channel_first else -1).channel_dim,
             statistics=False,
         )
         loss = result.codebook_loss + self.input_to_quantize_commit_loss_weight * result.commitment_loss
