@@ -41,7 +41,7 @@ STEP = (1024, 512, 64)
 def absence(setting: Setting) -> str | None:
     """Why these kernels cannot run here, or None. Prepares a rehearsal."""
     if not setting.dry:
-        return gpu.cuda_state(setting.device.index)[0] or None
+        return gpu.state("cuda", setting.device.index)[0] or None
     if str(ROOT / "tests") not in sys.path:
         sys.path.append(str(ROOT / "tests"))
     from native import build, cuda_rehearsal  # type: ignore[import-not-found]  # of the source tree, which this needs
@@ -69,7 +69,7 @@ def cuda_correctness(setting: Setting) -> Iterator[Row]:
     verdict: Row = {"what": "verdict", "ok": all(row["ok"] is not False for row in rows)}
     if not setting.dry:
         one = next(gpu_ for gpu_ in gpu.visible() if gpu_.number == setting.device.index)
-        verdict["verification key"] = gpu.cuda_key(one)._asdict()
+        verdict["verification key"] = gpu.key("cuda", one)._asdict()
     yield verdict
 
 

@@ -14,9 +14,8 @@ import torch
 import triton
 
 import vqkernels
-from vqkernels.backends import gpu, registry
+from vqkernels.backends import gpu, registry, table
 from vqkernels.backends import triton as kernels
-from vqkernels.backends.triton import registration
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
@@ -53,7 +52,7 @@ def rehearsal(minutes: float, wheels: Path | None) -> Setting:
         raise RuntimeError("the dry run interprets the kernels: set TRITON_INTERPRET=1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch notes that the operators had kernels for the CPU
-        library = registration.register("vqkernels", "CPU")
+        library = table.register("triton", "vqkernels", "CPU")
     registry.resolve = lambda backend, device, operator=None: "eager" if backend == "eager" else "triton"  # type: ignore
     torch.set_num_threads(1)
     return Setting(torch.device("cpu"), True, time.monotonic() + 60 * minutes, wheels, [library])
@@ -84,7 +83,9 @@ def facts(setting: Setting) -> dict[str, Any]:
             "driver, clocks": _output(
                 "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader"
             ),
-            "verification key": gpu.key(gpu.Gpu(0, properties.name, (properties.major, properties.minor)))._asdict(),
+            "verification key": gpu.key(
+                "triton", gpu.Gpu(0, properties.name, (properties.major, properties.minor))
+            )._asdict(),
         }
     return told
 

@@ -13,6 +13,7 @@ from native.build import compiler
 
 import vqkernels as vq
 from vqkernels.backends import cpu, cuda, gpu, registry, triton, verified
+from vqkernels.backends.cuda import statistics
 from vqkernels.cli import verify as command
 from vqkernels.verification import suite
 
@@ -34,7 +35,7 @@ def machine(monkeypatch, tmp_path):
 
     def having(*gpus):
         monkeypatch.setattr(gpu, "_states", {})
-        monkeypatch.setattr(gpu, "_cuda_states", {})
+        monkeypatch.setattr(registry, "_choices", {})
         monkeypatch.setattr(gpu, "visible", lambda: list(gpus))
 
     return having
@@ -48,7 +49,7 @@ def test_auto_takes_the_cuda_kernels_only_where_they_were_verified(machine):
     assert registry.resolve("cuda", "cuda:0", "nearest") == "cuda", "an explicit request needs no verification"
     assert registry.available("cuda:0", "nearest") == ["cuda", "eager"]
     machine(HOPPER, ADA)
-    path = verified.record(gpu.cuda_key(HOPPER), {"gpu": HOPPER.name})
+    path = verified.record(gpu.key("cuda", HOPPER), {"gpu": HOPPER.name})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert registry.resolve("auto", "cuda:0", "nearest") == "cuda"
@@ -66,22 +67,22 @@ def test_auto_takes_the_cuda_kernels_only_where_they_were_verified(machine):
     )
 
 
-@pytest.mark.parametrize("field", ["capability", "source", "triton"])
+@pytest.mark.parametrize("field", ["capability", "source", "compiler"])
 def test_a_verification_of_something_else_vouches_for_nothing(field, machine):
     machine(HOPPER)
-    verified.record(gpu.cuda_key(HOPPER)._replace(**{field: "other"}), {})
+    verified.record(gpu.key("cuda", HOPPER)._replace(**{field: "other"}), {})
     with pytest.warns(RuntimeWarning):
         assert registry.resolve("auto", "cuda", "statistics") == "eager"
 
 
 def test_triton_goes_first_where_both_were_verified(machine, monkeypatch):
     monkeypatch.setattr(triton, "problem", lambda: None)
-    monkeypatch.setattr(gpu, "triton_version", lambda: "3.6")
+    monkeypatch.setattr(triton, "compiler", lambda: "3.6")
     machine(HOPPER)
-    verified.record(gpu.cuda_key(HOPPER), {})
+    verified.record(gpu.key("cuda", HOPPER), {})
     assert registry.resolve("auto", "cuda", "nearest") == "cuda"
     machine(HOPPER)
-    verified.record(gpu.key(HOPPER), {})
+    verified.record(gpu.key("triton", HOPPER), {})
     assert registry.resolve("auto", "cuda", "nearest") == "triton"
 
 
@@ -107,7 +108,7 @@ def test_a_refusal_is_one_sentence(machine, monkeypatch):
 
 def test_auto_takes_nothing_for_an_operator_that_the_cuda_kernels_lack(machine):
     machine(HOPPER)
-    verified.record(gpu.cuda_key(HOPPER), {})
+    verified.record(gpu.key("cuda", HOPPER), {})
     with pytest.warns(RuntimeWarning, match="triton is not installed"):
         assert registry.resolve("auto", "cuda", "entropy") == "eager"
 
@@ -145,7 +146,7 @@ def test_the_built_library_needs_neither_a_driver_nor_a_cuda_torch():
 def test_too_many_rows_are_refused_in_a_sentence():
     z, indices = torch.zeros(1).expand(2**31, 1, 1, 1), torch.zeros(1, dtype=torch.int64).expand(2**31, 1, 1)
     with pytest.raises(RuntimeError, match="number rows and codes in 31 bits, got 2147483648 rows and 4 codes"):
-        cuda.statistics.statistics(z, indices, 4, None)
+        statistics.statistics(z, indices, 4, None)
 
 
 def rehearsed(*arguments):
@@ -200,14 +201,14 @@ def test_every_claim_through_the_executor():
 def test_the_command_notes_a_proof(machine, monkeypatch, capsys):
     machine(HOPPER)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "triton_version", lambda: "3.6")
+    monkeypatch.setattr(triton, "compiler", lambda: "3.6")
     outcome = suite.Outcome("statistics", "a claim", 1, 0.0, ())
     for failures in (("a case",), ()):
         found = outcome._replace(failures=failures)
         monkeypatch.setattr(command, "verify", lambda backend, device, workers, found=found: iter([found]))
         assert command.run(["--backend", "cuda"]) == int(bool(failures))
-        assert (verified.where(gpu.cuda_key(HOPPER)) is None) == bool(failures)
-    assert verified.where(gpu.key(HOPPER)) is None, "the Triton kernels were not proved"
+        assert (verified.where(gpu.key("cuda", HOPPER)) is None) == bool(failures)
+    assert verified.where(gpu.key("triton", HOPPER)) is None, "the Triton kernels were not proved"
 
 
 def test_the_suite_claims_what_the_backend_has():

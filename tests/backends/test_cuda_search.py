@@ -5,9 +5,8 @@ import torch
 from native import cuda_host
 from native.build import compiler
 
-from vqkernels.backends import cpu
+from vqkernels.backends import cpu, table
 from vqkernels.backends.cuda import nearest as launching
-from vqkernels.backends.cuda import registration
 
 pytestmark = pytest.mark.skipif(
     compiler() is None or cpu.load() is not None, reason="needs a compiler and the CPU kernels"
@@ -65,13 +64,13 @@ def test_the_operators_are_those_of_the_cpu(name):
     for given, metric, precision in ((None, "euclidean", "exact"), (mask, "dot", "fast")):
         operands = z, codebook, given, channel_dim, metric, precision
         expected = torch.ops.vqkernels.quantize(*operands, False)
-        found = registration.OPERATORS["quantize"](*operands, False)
+        found = table.function("quantize", "cuda")(*operands, False)
         assert torch.equal(found[0], expected[0]) and found[0].stride() == expected[0].stride()
         assert torch.equal(found[1], expected[1]) and found[1].is_contiguous()
         assert float(found[2]) == pytest.approx(float(expected[2]), rel=1e-6)
         assert [x.shape for x in found[3:]] == [x.shape for x in expected[3:]]
         assert [x.dtype for x in found] == [x.dtype for x in expected]
-    indices, decided = registration.OPERATORS["nearest"](*operands)
+    indices, decided = table.function("nearest", "cuda")(*operands)
     assert torch.equal(indices, expected[1])
     assert decided.shape == () and 0 <= int(decided) <= indices.numel()
 

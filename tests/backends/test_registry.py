@@ -10,8 +10,15 @@ import vqkernels as vq
 from vqkernels.backends import cpu, registry
 
 
+def without_kernels(monkeypatch):
+    """A machine whose build of the C++ kernels failed."""
+    monkeypatch.setattr(cpu, "load", lambda: "the build failed: no compiler")
+    monkeypatch.setattr(registry, "_choices", {})
+    monkeypatch.setattr(registry, "_warned", set())
+
+
 def test_an_explicit_request_never_falls_back(monkeypatch):
-    monkeypatch.setattr(registry, "_cpu_problem", "the build failed: no compiler")
+    without_kernels(monkeypatch)
     with pytest.raises(RuntimeError, match='backend "cpu" is unavailable: the build failed: no compiler'):
         vq.nearest_code(torch.randn(3, 2), torch.randn(2, 2), backend="cpu")
     with pytest.raises(RuntimeError, match='backend "cpu" computes CPU tensors, got a tensor on cuda'):
@@ -19,8 +26,7 @@ def test_an_explicit_request_never_falls_back(monkeypatch):
 
 
 def test_auto_warns_once_and_says_why(monkeypatch):
-    monkeypatch.setattr(registry, "_cpu_problem", "the build failed: no compiler")
-    monkeypatch.setattr(registry, "_warned", set())
+    without_kernels(monkeypatch)
     with pytest.warns(RuntimeWarning, match="C\\+\\+ kernels are unavailable .the build failed: no compiler."):
         assert registry.resolve("auto", "cpu") == "eager"
     import warnings

@@ -258,14 +258,14 @@ class Largest(TorchDispatchMode):
 def test_neither_rows_by_codes_nor_more_is_built():
     z, size = torch.randn(40000, 8), 1024
     with Largest() as largest:
-        cluster("kernel", z, size, None, 1, "euclidean", 2, torch.tensor(0), False)
+        cluster("cpu", z, size, None, 1, "euclidean", 2, torch.tensor(0), False)
     assert largest.elements <= 4 * 1024 * 1024 < 40000 * size / 8
 
 
-@pytest.mark.parametrize("overload", ["default", "eager"])
-def test_opcheck(overload, cpu_kernels):
+@pytest.mark.parametrize("name", ["cpu", "eager"])
+def test_opcheck(name, cpu_kernels):
     z, mask = torch.randn(2, 6, 5, 3), torch.rand(2, 5, 3) < 0.8
-    operator = kmeans_init.eager if overload == "eager" else kmeans_init.kernel
+    operator = kmeans_init.overloads[name]
     opcheck(operator, (z, 7, mask, 1, "euclidean", 3, torch.tensor(0), False))
     opcheck(operator, (z, 7, mask, 1, "cosine", 3, torch.tensor(5), True))
 

@@ -232,8 +232,8 @@ def test_threads_change_no_bit_of_a_pass(cpu_kernels, threads):
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("overload", ["kernel", "eager"])
-def test_opcheck(cpu_kernels, overload):
+@pytest.mark.parametrize("name", ["cpu", "eager"])
+def test_opcheck(cpu_kernels, name):
     grid, rows, channels = [2, 3, 5], 30, 4
     products, left = torch.randn(6, 12, 2 * channels), torch.randn(rows, 2 * channels)
     grad, shift, bias = torch.randn(rows, channels), torch.randn(2, 2 * channels), torch.randn(channels)
@@ -253,7 +253,7 @@ def test_opcheck(cpu_kernels, overload):
         (ops.taps, (codes, table, [2, 3, 2, 1])),
         (ops.taps_backward, (grad, codes, 9, [2, 3, 2, 1])),
     ):
-        opcheck(getattr(operation, overload), arguments, test_utils=("test_schema", "test_faketensor"))
+        opcheck(operation.overloads[name], arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(

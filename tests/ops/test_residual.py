@@ -293,13 +293,13 @@ def test_backends_agree_to_the_bit(cpu_kernels):
 def test_opcheck(backend):
     z, codebooks = torch.randn(4, 6, 5), torch.stack([stack(2, 7, 6)] * 4)
     levels = torch.randint(0, 3, (4, 5))
-    for operation in (residual_quantize.kernel, residual_quantize.eager):
+    for operation in (residual_quantize.overloads[name] for name in ("cpu", "eager")):
         for statistics, passed in itertools.product((True, False), (None, levels)):
             opcheck(operation, (z, codebooks, passed, 1, "euclidean", "exact", statistics))
     indices = torch.randint(-1, 7, (4, 5, 2))
     indices[..., 1] = torch.where(indices[..., 0] < 0, -1, indices[..., 1])
     losses = torch.randn(4, 2)
-    for operation in (residual_quantize_backward.kernel, residual_quantize_backward.eager):
+    for operation in (residual_quantize_backward.overloads[name] for name in ("cpu", "eager")):
         for wanted in (True, False):
             opcheck(operation, (z, losses, losses, z, codebooks, indices, 1, "straight_through", wanted))
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from vqkernels.backends import gpu, verified
+from vqkernels.backends import gpu, triton, verified
 from vqkernels.cli import verify as command
 from vqkernels.ops import entropy, nearest, quantize, residual, sample, statistics
 from vqkernels.verification.suite import CLAIMS, poisoned_memory, verify
@@ -27,7 +27,7 @@ def test_workers_find_the_same():
 
 def broken(operation, change):
     """The operation with its eager results changed."""
-    return lambda backend, *arguments: change(list(operation.eager(*arguments)), *arguments)
+    return lambda backend, *arguments: change(list(operation.overloads["eager"](*arguments)), *arguments)
 
 
 def highest_tie(results, z, codebook, *_):
@@ -54,15 +54,15 @@ def lost_row(results, *_):
 
 
 def unrotated(results, *arguments):
-    return quantize.quantize_backward.eager(*arguments[:7], "straight_through", arguments[8])
+    return quantize.quantize_backward.overloads["eager"](*arguments[:7], "straight_through", arguments[8])
 
 
 def next_code(results, z, codebook, indices, *arguments):
-    return quantize.lookup.eager(z, codebook, (indices + 1).clamp_max(codebook.shape[-2] - 1), *arguments)
+    return quantize.lookup.overloads["eager"](z, codebook, (indices + 1).clamp_max(codebook.shape[-2] - 1), *arguments)
 
 
 def unshifted_rows(results, *arguments):
-    return sample.sample.eager(*arguments[:7], 0)
+    return sample.sample.overloads["eager"](*arguments[:7], 0)
 
 
 def lowered_entropy(results, *_):
@@ -125,19 +125,18 @@ def test_the_command_notes_a_proof_and_only_a_proof(tmp_path, monkeypatch, capsy
     one = gpu.Gpu(0, "NVIDIA H200", (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gpu, "visible", lambda: [one])
-    monkeypatch.setattr(gpu, "triton_version", lambda: "3.6")
-    monkeypatch.setattr(gpu, "_states", {0: ("", "")})
-    monkeypatch.setattr(gpu, "_current", lambda: 0)
+    monkeypatch.setattr(triton, "compiler", lambda: "3.6")
+    monkeypatch.setattr(gpu, "_states", {("triton", 0): ("", "")})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "verify", lambda backend, device, workers: verify("eager", CPU, every=50))
     with monkeypatch.context() as fault:
         fault.setattr(statistics, "statistics", broken(statistics.statistics, lost_row))
         assert command.run([]) == 1
     assert "FAILED" in capsys.readouterr().out
-    assert verified.where(gpu.key(one)) is None
+    assert verified.where(gpu.key("triton", one)) is None
     assert command.run([]) == 0
     assert "backend='auto' takes these kernels from now on" in capsys.readouterr().out
-    assert verified.where(gpu.key(one)) == str(verified.user_path())
+    assert verified.where(gpu.key("triton", one)) == str(verified.user_path())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

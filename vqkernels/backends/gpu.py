@@ -1,15 +1,17 @@
-"""Whether the Triton and the CUDA kernels can serve a GPU of this process, and were verified on its kind.
+"""Whether a backend can compute on a device of this process, and whether its kernels were proved on that kind of GPU.
 
 Each GPU is judged alone, once, when the first tensor on it asks: looking earlier would initialise CUDA in a process
 that may yet fork.
 """
 
-import importlib.metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from . import cuda, triton, verified
+from . import cpu, cuda, triton, verified
+from .table import BACKENDS
+
+PACKAGES: dict[str, Any] = {"triton": triton, "cuda": cuda}  # the backends whose kernels are for GPUs
 
 
 class Gpu(NamedTuple):
@@ -31,77 +33,42 @@ def visible() -> list[Gpu]:
     return [Gpu(i, torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(count)]
 
 
-def triton_version() -> str:
-    """The minor version of the installed Triton, "3.6", found without importing it where its metadata tells."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # a build of Triton under another name
-        import triton as package
-
-        version = package.__version__
-    return ".".join(version.split(".")[:2])
-
-
-def key(gpu: Gpu) -> verified.Key:
-    """What a verification of the Triton kernels on this GPU, now, would vouch for."""
-    return verified.Key(f"{gpu.capability[0]}.{gpu.capability[1]}", triton.source_hash(), triton_version())
-
-
-def cuda_key(gpu: Gpu) -> verified.Key:
-    """What a verification of the CUDA kernels on this GPU would vouch for."""
-    return verified.Key(f"{gpu.capability[0]}.{gpu.capability[1]}", cuda.source_hash(), cuda.compiler())
-
-
-# by the GPU's number: (why the kernels cannot serve it, or ""; why "auto" must not take them there yet, or "")
-_states: dict[int, tuple[str, str]] = {}
-_cuda_states: dict[int, tuple[str, str]] = {}
-
-
-def state(index: int | None) -> tuple[str, str]:
-    """(problem, doubt) of the GPU of this number, or of the current one: why the Triton kernels cannot serve it, and
-    why they are not trusted on it yet; empty strings where they do."""
-    number = _current() if index is None else index
-    if number not in _states:
-        _states[number] = _judge(number)
-    return _states[number]
-
-
-def cuda_state(index: int | None) -> tuple[str, str]:
-    """The same of the CUDA kernels."""
-    number = _current() if index is None else index
-    if number not in _cuda_states:
-        _cuda_states[number] = _judge_cuda(number)
-    return _cuda_states[number]
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the compiler: facts of a process are constants.
-state._dynamo_marked_constant = True  # type: ignore[attr-defined]
-cuda_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _current() -> int:
+def current() -> int:
+    """The number of the current GPU; 0 where there is none."""
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
-def _judge(number: int) -> tuple[str, str]:
-    if reason := triton.problem() or _absence(number):
-        return reason, ""
-    one = _numbered(number)
-    if not triton.supports(one.capability):
-        return f"the kernels need sm_80 or newer, got {one}", ""
-    if verified.where(key(one)) is None:
-        return "", f"the Triton kernels are not verified on {one}, with Triton {triton_version()}"
-    return "", ""
+def key(backend: str, gpu: Gpu) -> verified.Key:
+    """What a verification of a backend's kernels on this GPU, now, would vouch for."""
+    package = PACKAGES[backend]
+    return verified.Key(f"{gpu.capability[0]}.{gpu.capability[1]}", package.source_hash(), package.compiler())
 
 
-def _judge_cuda(number: int) -> tuple[str, str]:
-    if reason := cuda.problem() or _absence(number):
+_states: dict[tuple[str, int], tuple[str, str]] = {}  # by backend and the GPU's number
+
+
+def state(backend: str, index: int | None = None) -> tuple[str, str]:
+    """(problem, doubt): why a backend cannot compute on its device, and why it is not trusted there yet; "" for none.
+
+    Of the GPU with this number, or of the current one, where the backend is for GPUs.
+    """
+    if backend not in PACKAGES:
+        return (cpu.load() or "" if backend == "cpu" else ""), ""
+    index = current() if index is None else index
+    if (backend, index) not in _states:
+        _states[backend, index] = _judge(backend, index)
+    return _states[backend, index]
+
+
+def _judge(backend: str, number: int) -> tuple[str, str]:
+    package = PACKAGES[backend]
+    if reason := package.problem() or _absence(number):
         return reason, ""
-    one = _numbered(number)
-    if not cuda.supports(one.capability):
-        return f"the CUDA kernels were built for {', '.join(cuda.architectures())}, got {one}", ""
-    if verified.where(cuda_key(one)) is None:
-        return "", f"the CUDA kernels are not verified on {one}"
+    one = next(gpu for gpu in visible() if gpu.number == number)
+    if not package.supports(one.capability):
+        return f"{package.needs()}, got {one}", ""
+    if verified.where(key(backend, one)) is None:
+        return "", f"the {BACKENDS[backend].title} are not verified on {one}, with {package.built_by()}"
     return "", ""
 
 
@@ -115,7 +82,3 @@ def _absence(number: int) -> str:
     if all(gpu.number != number for gpu in gpus):
         return f"there is no GPU {number}: torch sees {len(gpus)}"
     return ""
-
-
-def _numbered(number: int) -> Gpu:
-    return next(gpu for gpu in visible() if gpu.number == number)

@@ -1,7 +1,7 @@
 """What was verified on real hardware: the package's own table, and the user's, written by `vqkernels verify`.
 
-Both are `{"format": 1, "verified": [entry, ...]}`. An entry vouches for one triple (compute capability, hash of the
-kernels' source, compiler) and tells besides which GPU, driver and torch it was seen with.
+Both are `{"format": 1, "verified": [entry, ...]}`. An entry vouches for one `Key`, and says besides with which GPU and
+torch it was seen. Entries of older versions have the compiler under "triton".
 """
 
 import json
@@ -19,7 +19,7 @@ class Key(NamedTuple):
 
     capability: str  # "9.0"
     source: str  # hash of the kernels' source
-    triton: str  # the compiler: "3.6" is that version of Triton; the CUDA kernels have "nvcc 13.0" here
+    compiler: str  # "3.6" is that version of Triton; of the CUDA kernels "nvcc 13.0"
 
 
 def user_path() -> Path:
@@ -57,4 +57,5 @@ def _entries(path: Path) -> list[dict[str, str]]:
         return []
     if not isinstance(table, dict) or table.get("format") != FORMAT or not isinstance(table.get("verified"), list):
         return []
-    return [entry for entry in table["verified"] if isinstance(entry, dict)]
+    entries = [entry for entry in table["verified"] if isinstance(entry, dict)]
+    return [{"compiler": entry["triton"], **entry} if "triton" in entry else entry for entry in entries]

@@ -14,16 +14,14 @@ from datetime import date
 import torch
 
 from vqkernels.backends import gpu, registry, verified
+from vqkernels.backends.table import BACKENDS
 from vqkernels.verification.suite import verify
-
-# Backends whose proof is noted: what is known of their kernels on a GPU, and what a proof vouches for.
-NOTED = {"triton": (gpu.state, gpu.key), "cuda": (gpu.cuda_state, gpu.cuda_key)}
 
 
 def run(arguments: Sequence[str]) -> int:
     """Returns 0 when everything was proved, 1 when something failed, 2 when there is nothing to prove it on."""
     parser = argparse.ArgumentParser(prog="vqkernels verify", description="Prove a backend against the contract.")
-    parser.add_argument("--backend", default="triton", choices=registry.NAMES[1:], help="what to prove")
+    parser.add_argument("--backend", default="triton", choices=tuple(BACKENDS), help="what to prove")
     parser.add_argument("--device", help="where, say cuda:1; default: every kind of GPU, or the CPU for cpu and eager")
     options = parser.parse_args(arguments)
     try:
@@ -37,16 +35,16 @@ def run(arguments: Sequence[str]) -> int:
 
 def _devices(backend: str, wanted: str | None) -> list[torch.device]:
     """The devices to prove the backend on; raises one sentence where it cannot compute on them."""
-    kind = "cuda" if backend in NOTED else "cpu"
+    noted = BACKENDS[backend].proof is not None
+    kind = BACKENDS[backend].device or "cpu"
     device = torch.device(wanted or kind)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"there is no GPU to prove the {backend} backend on: torch sees no CUDA GPU")
-    if device.type != "cuda" or wanted is not None or backend not in NOTED:
+    if device.type != "cuda" or wanted is not None or not noted:
         registry.resolve(backend, device)
         return [device if device.type != "cuda" else torch.device("cuda", device.index or 0)]
     # one GPU of each compute capability that the kernels serve; where they serve none, the first says why
-    state, _ = NOTED[backend]
-    kinds = {one.capability: one.number for one in reversed(gpu.visible()) if not state(one.number)[0]}
+    kinds = {one.capability: one.number for one in reversed(gpu.visible()) if not gpu.state(backend, one.number)[0]}
     if not kinds:
         registry.resolve(backend, torch.device("cuda", 0))
     return [torch.device("cuda", number) for number in sorted(kinds.values())]
@@ -72,12 +70,12 @@ def _prove(backend: str, device: torch.device) -> bool:
     if failed:
         print(f"  not proved, after {seconds:.0f} s: nothing was noted")
         return False
-    if one is None or backend not in NOTED:
+    if one is None or BACKENDS[backend].proof is None:
         print(f"  everything proved in {seconds:.0f} s")
         return True
     facts = {"gpu": one.name, "torch": torch.__version__, "when": date.today().isoformat()}
     try:
-        path = verified.record(NOTED[backend][1](one), facts)
+        path = verified.record(gpu.key(backend, one), facts)
     except OSError as error:
         print(f"  everything proved in {seconds:.0f} s, but it cannot be noted: {error}")
         return False

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..backends import eager_entropy, registry
+from ..backends import registry
 from ..backends.layout import empty_rows, layout_of
 from .checks import check_choice, check_mask, check_rows, check_temperature, row_shape
 from .differentiation import FusedFunction, is_differentiated
@@ -62,7 +62,6 @@ entropy = Operation(
     " -> (Tensor sample_entropy, Tensor codebook_entropy, Tensor row_entropy, Tensor log_partition,"
     " Tensor mean_assignment)",
     _fake_forward,
-    eager_entropy.entropy,
 )
 entropy_backward = Operation(
     "entropy_backward",
@@ -70,7 +69,6 @@ entropy_backward = Operation(
     " Tensor log_partition, Tensor mean_assignment, int channel_dim, str metric, Tensor temperature,"
     " bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
     _fake_backward,
-    eager_entropy.entropy_backward,
 )
 
 

@@ -7,7 +7,6 @@ nor N x K x D is built. It synchronises with the device, as it runs once, and mu
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -169,9 +168,7 @@ kmeans_init = Operation(
     "(Tensor z, SymInt codebook_size, Tensor? mask, int channel_dim, str metric, int iterations, Tensor seed,"
     " bool batched) -> (Tensor codebook, Tensor distinct)",
     _fake,
-    partial(cluster, "eager"),
-    partial(cluster, "kernel"),
-    partial(cluster, "cuda"),
+    cluster,
 )
 
 

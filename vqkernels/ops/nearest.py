@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..backends import eager, plain, registry
+from ..backends import registry
 from .checks import METRICS, PRECISIONS, check_choice, check_mask, check_rows, row_shape
 from .differentiation import at_least_one
 from .registration import Operation
@@ -22,8 +22,6 @@ nearest = Operation(
     "(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, str precision)"
     " -> (Tensor indices, Tensor decided)",
     _fake,
-    eager.nearest,
-    plain=plain.nearest,
 )
 
 

@@ -7,7 +7,6 @@ bias and sums up its gradient. The hidden features are kept once, behind the ReL
 import torch
 from torch import Tensor
 
-from ..backends import pixelcnn_head as eager
 from .registration import Operation
 
 __all__ = ["logits_of_rows"]
@@ -31,19 +30,17 @@ def _fake_planes_backward(grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad.new_empty((batch * height * width, channels)), grad.new_empty((batch, channels))
 
 
-rectify = Operation("pixelcnn_rectify", "(Tensor x, Tensor bias, SymInt grids) -> Tensor", _fake_rectify, eager.rectify)
+rectify = Operation("pixelcnn_rectify", "(Tensor x, Tensor bias, SymInt grids) -> Tensor", _fake_rectify)
 rectify_backward = Operation(
     "pixelcnn_rectify_backward",
     "(Tensor grad, Tensor hidden, SymInt grids) -> (Tensor grad_x, Tensor sums)",
     _fake_rectify_backward,
-    eager.rectify_backward,
 )
-planes = Operation("pixelcnn_planes", "(Tensor x, Tensor bias, SymInt[] grid) -> Tensor", _fake_planes, eager.planes)
+planes = Operation("pixelcnn_planes", "(Tensor x, Tensor bias, SymInt[] grid) -> Tensor", _fake_planes)
 planes_backward = Operation(
     "pixelcnn_planes_backward",
     "(Tensor grad) -> (Tensor grad_x, Tensor sums)",
     _fake_planes_backward,
-    eager.planes_backward,
 )
 
 

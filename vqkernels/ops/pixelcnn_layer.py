@@ -10,7 +10,6 @@ the gates again from what stands before them. What each pass computes stands in 
 import torch
 from torch import Tensor
 
-from ..backends import pixelcnn_layer as eager
 from ..backends.pixelcnn_layer import ELEMENTS, tiles_of
 from .registration import Operation
 
@@ -78,47 +77,37 @@ vertical = Operation(
     "pixelcnn_vertical",
     "(Tensor x, Tensor shift, SymInt[] grid, bool transformed, bool last) -> (Tensor above, Tensor tiles)",
     _fake_vertical,
-    eager.vertical,
 )
 vertical_backward = Operation(
     "pixelcnn_vertical_backward",
     "(Tensor grad_above, Tensor grad_tiles, Tensor above, Tensor shift, SymInt[] grid, bool transformed)"
     " -> (Tensor grad_x, Tensor grad_shift)",
     _fake_vertical_backward,
-    eager.vertical_backward,
 )
-gate = Operation(
-    "pixelcnn_gate", "(Tensor left, Tensor shift, Tensor? scale, SymInt[] grid) -> Tensor", _fake_gate, eager.gate
-)
+gate = Operation("pixelcnn_gate", "(Tensor left, Tensor shift, Tensor? scale, SymInt[] grid) -> Tensor", _fake_gate)
 gate_backward = Operation(
     "pixelcnn_gate_backward",
     "(Tensor grad, Tensor left, Tensor shift, Tensor? scale, SymInt[] grid)"
     " -> (Tensor grad_left, Tensor grad_shift, Tensor gated)",
     _fake_gate_backward,
-    eager.gate_backward,
 )
 join = Operation(
     "pixelcnn_join",
     "(Tensor update, Tensor bias, Tensor? residual, SymInt[] grid, bool last) -> (Tensor pairs, Tensor features)",
     _fake_join,
-    eager.join,
 )
 join_backward = Operation(
     "pixelcnn_join_backward",
     "(Tensor grad_pairs, Tensor grad_features, SymInt[] grid) -> Tensor",
     _fake_join_backward,
-    eager.join_backward,
 )
-filters = Operation("pixelcnn_filters", "(Tensor weight) -> Tensor", _fake_filters, eager.filters)
-filters_backward = Operation(
-    "pixelcnn_filters_backward", "(Tensor grad) -> Tensor", _fake_filters_backward, eager.filters_backward
-)
-taps = Operation("pixelcnn_taps", "(Tensor codes, Tensor table, int[] kernel) -> Tensor", _fake_taps, eager.taps)
+filters = Operation("pixelcnn_filters", "(Tensor weight) -> Tensor", _fake_filters)
+filters_backward = Operation("pixelcnn_filters_backward", "(Tensor grad) -> Tensor", _fake_filters_backward)
+taps = Operation("pixelcnn_taps", "(Tensor codes, Tensor table, int[] kernel) -> Tensor", _fake_taps)
 taps_backward = Operation(
     "pixelcnn_taps_backward",
     "(Tensor grad, Tensor codes, SymInt rows, int[] kernel) -> Tensor",
     _fake_taps_backward,
-    eager.taps_backward,
 )
 
 

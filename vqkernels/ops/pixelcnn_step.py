@@ -8,7 +8,7 @@ as much as one forward pass. The layout of weights and cache stands in vqkernels
 import torch
 from torch import Tensor
 
-from ..backends import pixelcnn, registry
+from ..backends import registry
 from ..backends.pixelcnn import PixelCNNSizes, pack, panel_width
 from .registration import Operation
 
@@ -25,7 +25,6 @@ pixelcnn_step = Operation(
     " Tensor noise, int[] sizes, bool residual_head, int begin, int end, float temperature, int top_k, float top_p,"
     " float guidance) -> ()",
     _fake,
-    pixelcnn.pixelcnn_step,
 )
 
 
@@ -97,9 +96,7 @@ def advance(
         raise ValueError("codes must be contiguous")
     if weights.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"weights must be float32 or float64, got {weights.dtype}")
-    chosen = registry.resolve(backend, codes.device)
-    if chosen in ("triton", "cuda"):  # a GPU has no kernel of its own for this operator
-        chosen = "eager"
+    chosen = registry.resolve(backend, codes.device, "pixelcnn_step")
     pixelcnn_step(
         chosen, codes, cache, logits, weights, biases, condition, noise, list(sizes), residual_head, begin, end,
         temperature, top_k, top_p, guidance,

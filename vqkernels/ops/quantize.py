@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..backends import eager, plain, registry
+from ..backends import registry
 from ..backends.layout import empty_rows, layout_of
 from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_indices, check_mask, check_rows, row_shape
 from .differentiation import FusedFunction, at_least_one, is_differentiated, kept_indices
@@ -63,22 +63,18 @@ quantize = Operation(
     "(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, str precision, bool statistics)"
     " -> (Tensor quantized, Tensor indices, Tensor squared_error, Tensor counts, Tensor sums)",
     _fake_forward,
-    eager.quantize,
-    plain=plain.quantize,
 )
 lookup = Operation(
     "lookup",
     "(Tensor z, Tensor codebook, Tensor indices, Tensor? mask, int channel_dim, bool statistics)"
     " -> (Tensor quantized, Tensor squared_error, Tensor counts, Tensor sums)",
     _fake_lookup,
-    eager.lookup,
 )
 quantize_backward = Operation(
     "quantize_backward",
     "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor z, Tensor codebook,"
     " Tensor indices, int channel_dim, str gradient, bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
     _fake_backward,
-    eager.quantize_backward,
 )
 
 

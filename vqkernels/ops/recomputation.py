@@ -188,7 +188,7 @@ def _fake(owner: Tensor, rows: Tensor, state: list[Tensor], grad: bool) -> list[
     return [torch.empty_like(x) for x in state] + flags
 
 
-def _run(owner: Tensor, rows: Tensor, state: list[Tensor], grad: bool) -> list[Tensor]:
+def _run(backend: str, owner: Tensor, rows: Tensor, state: list[Tensor], grad: bool) -> list[Tensor]:
     copies, *flags = _enter(owner, rows, state, grad, True, compiled=True)
     return [x.clone() for x in copies] + [torch.full((), flag, device=rows.device) for flag in flags]
 

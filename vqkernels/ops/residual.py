@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..backends import eager_residual, plain, registry
+from ..backends import registry
 from ..backends.layout import empty_rows, layout_of
 from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_levels, check_mask, check_rows, row_shape
 from .differentiation import FusedFunction, at_least_one, is_differentiated, kept_indices
@@ -54,8 +54,6 @@ residual_quantize = Operation(
     "(Tensor z, Tensor codebooks, Tensor? levels, int channel_dim, str metric, str precision, bool statistics)"
     " -> (Tensor quantized, Tensor indices, Tensor squared_errors, Tensor counts, Tensor sums)",
     _fake_forward,
-    eager_residual.residual_quantize,
-    plain=plain.residual_quantize,
 )
 residual_quantize_backward = Operation(
     "residual_quantize_backward",
@@ -63,7 +61,6 @@ residual_quantize_backward = Operation(
     " Tensor indices, int channel_dim, str gradient, bool codebook_gradient)"
     " -> (Tensor grad_z, Tensor grad_codebooks)",
     _fake_backward,
-    eager_residual.residual_quantize_backward,
 )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import registry, sampling
+from ..backends import registry
 from .checks import METRICS, check_choice, check_mask, check_rows, check_temperature, row_shape, seed_tensor
 from .nearest import nearest
 from .registration import Operation
@@ -27,7 +27,6 @@ sample = Operation(
     "(Tensor z, Tensor codebook, Tensor seed, Tensor? mask, int channel_dim, str metric, Tensor temperature,"
     " SymInt row_offset) -> Tensor",
     _fake,
-    sampling.sample,
 )
 
 

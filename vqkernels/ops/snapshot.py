@@ -11,7 +11,7 @@ from torch import Tensor
 from .registration import Operation
 
 
-def _copy(x: Tensor) -> Tensor:
+def _copy(backend: str, x: Tensor) -> Tensor:
     return x.clone()
 
 

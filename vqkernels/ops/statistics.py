@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import eager, registry
+from ..backends import registry
 from .checks import check_mask, check_rows, row_shape
 from .registration import Operation
 
@@ -24,7 +24,6 @@ statistics = Operation(
     "(Tensor z, Tensor indices, SymInt codebook_size, Tensor? mask, int channel_dim, bool batched)"
     " -> (Tensor counts, Tensor sums)",
     _fake,
-    eager.statistics,
 )
 
 

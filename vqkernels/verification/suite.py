@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import counter
-from ..backends.cuda.registration import OPERATORS as CUDA_OPERATORS
+from ..backends.table import serves
 from ..ops.nearest import nearest_code
 from ..ops.quantize import quantize_with_statistics, vector_quantize
 from ..ops.sample import sample_code
@@ -292,15 +292,13 @@ CLAIMS: tuple[tuple[str, str, Callable[[Place], Iterator[Case]]], ...] = (
 )
 
 
-# what a claim needs of a backend that does not cover every operator, where its name is not that of one
+# the operator that a claim is about, where the claim's name is not that of one
 NEEDED = {"backward": "quantize_backward", "residual": "residual_quantize", "all": "quantize_backward"}
 
 
 def claims_about(backend: str) -> list[int]:
     """The numbers of the claims that are about operators which the backend has."""
-    if backend != "cuda":
-        return list(range(len(CLAIMS)))
-    return [i for i, (operator, _, _) in enumerate(CLAIMS) if NEEDED.get(operator, operator) in CUDA_OPERATORS]
+    return [i for i, (operator, _, _) in enumerate(CLAIMS) if serves(backend, NEEDED.get(operator, operator))]
 
 
 def verify(backend: str, device: torch.device, *, every: int = 1, workers: int = 1) -> Iterator[Outcome]:

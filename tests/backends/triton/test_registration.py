@@ -10,9 +10,8 @@ pytest.importorskip("triton")
 
 from backends.triton import hostile
 
-from vqkernels.backends import eager
+from vqkernels.backends import eager, table
 from vqkernels.backends import triton as backend
-from vqkernels.backends.triton.registration import OPERATORS, register
 
 NAMESPACE = "vqkernels_triton_test"
 CODES, DIM, LEVELS = 9, 6, 3
@@ -21,10 +20,10 @@ CODES, DIM, LEVELS = 9, 6, 3
 @pytest.fixture(scope="module")
 def operators():
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    for name in OPERATORS:
+    for name, _ in table.functions("triton"):
         schema = str(getattr(torch.ops.vqkernels, name).default._schema)
         definitions.define(schema.removeprefix("vqkernels::"))
-    implementations = register(NAMESPACE, "CUDA" if torch.cuda.is_available() else "CPU")
+    implementations = table.register("triton", NAMESPACE, "CUDA" if torch.cuda.is_available() else "CPU")
     yield getattr(torch.ops, NAMESPACE)
     del implementations, definitions
 

@@ -46,9 +46,19 @@ def supports(capability: tuple[int, int]) -> bool:
     return False
 
 
+def needs() -> str:
+    """Which GPUs the kernels serve, as the start of a refusal."""
+    return f"the CUDA kernels were built for {', '.join(architectures())}"
+
+
 def compiler() -> str:
     """The compiler of the kernels, as a verification names it: "nvcc 13.0"."""
     return f"nvcc {build().get('nvcc', 'absent')}"
+
+
+def built_by() -> str:
+    """The compiler with its name, which `compiler` has already."""
+    return compiler()
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,11 +22,11 @@ def quantize_backward(
     z: Tensor,
     codebook: Tensor,
     indices: Tensor,
-    rotate: bool,
-    wants_codebook: bool,
+    gradient: str,
+    codebook_gradient_wanted: bool,
     out: Tensor,
-) -> Tensor:
-    """Fills `out`, the gradient of z; returns that of the codebook, contiguous, or an empty tensor if not wanted.
+) -> tuple[Tensor, Tensor]:
+    """Fills `out`, the gradient of z; returns it and that of the codebook, contiguous, or empty if not wanted.
 
     z, incoming, out (B, H, P, D) of one dtype with any strides; codebook (H, K, D); indices (B, H, P), -1 where masked.
     """
@@ -37,8 +37,9 @@ def quantize_backward(
     elements = torch.count_nonzero(indices >= 0).clamp_min(1) * dim
     with launch.on_device(z):
         kernels.cuda_row_gradient(
-            z, codebook, indices, incoming, grad_commitment_loss, elements, rotate, out, launch.stream(z)
-        )
-    if not wants_codebook:
-        return codebook.new_empty(0)
-    return codebook_gradient(z, codebook, indices, grad_codebook_loss, elements)
+            z, codebook, indices, incoming, grad_commitment_loss, elements, gradient == "rotation", out,
+            launch.stream(z),
+        )  # fmt: skip
+    if not codebook_gradient_wanted:
+        return out, codebook.new_empty(0)
+    return out, codebook_gradient(z, codebook, indices, grad_codebook_loss, elements)

@@ -1,4 +1,8 @@
-"""Where a launch goes: the device of its tensors, the stream of its caller. Tensors on a CPU are a rehearsal's."""
+"""The launchers of csrc/bindings/cuda_*.cpp, and where a launch goes: the device of its tensors, its caller's stream.
+
+A launcher fills tensors that are allocated in this package, and takes the stream as an integer. Tensors on a CPU are a
+rehearsal's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+LAUNCHERS = (
+    "cuda_nearest_workspace(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, int processors) -> int",
+    "cuda_nearest(Tensor z, Tensor codebook, Tensor? mask, str metric, str precision, Tensor(a!) indices,"
+    " Tensor(b!) decided, Tensor(c!)? quantized, Tensor(d!)? squared_error, Tensor(e!) workspace, int processors,"
+    " int stream) -> int",
+    "cuda_lookup_workspace(Tensor z, Tensor codebook) -> int",
+    "cuda_lookup(Tensor z, Tensor codebook, Tensor indices, Tensor(a!) quantized, Tensor(b!) squared_error,"
+    " Tensor(c!) workspace, int stream) -> ()",
+    "cuda_row_gradient(Tensor z, Tensor codebook, Tensor indices, Tensor incoming, Tensor grad, Tensor elements,"
+    " bool rotate, Tensor(a!) out, int stream) -> ()",
+    "cuda_segment_sums_workspace(int rows, int groups, int channels) -> int",
+    "cuda_segment_sums(Tensor z, Tensor indices, Tensor? mask, int codes, Tensor? codebook, Tensor? grad,"
+    " Tensor? elements, Tensor(a!)? counts, Tensor(b!) sums, Tensor(c!) workspace, int stream) -> ()",
+)
+_library = torch.library.Library("vqkernels", "FRAGMENT")
+for _schema in LAUNCHERS:
+    _library.define(_schema)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

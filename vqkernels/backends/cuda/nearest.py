@@ -38,8 +38,8 @@ def quantize(
     precision: str,
     statistics: bool,
     out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fills `out`, of z's shape and dtype; returns indices (B, H, P), squared error 0-d float64, counts and sums.
+) -> tuple[Tensor, ...]:
+    """Fills `out`, of z's shape and dtype; returns it, indices (B, H, P), squared error 0-d float64, counts and sums.
 
     Shapes as in nearest(); counts (H, K) and sums (H, K, D) are empty unless `statistics`. The squared error is the sum
     of (z - e)² over the unmasked rows, added in a fixed order; NaN if one of them is poisoned.
@@ -48,19 +48,19 @@ def quantize(
     squared_error = torch.empty((), dtype=torch.float64, device=z.device)
     _launch(z, codebook, mask, metric, precision, indices, decided, out, squared_error)
     counts, sums = _statistics(z, indices, codebook, mask, statistics)
-    return indices, squared_error, counts, sums
+    return out, indices, squared_error, counts, sums
 
 
 def lookup(z: Tensor, codebook: Tensor, indices: Tensor, statistics: bool, out: Tensor) -> tuple[Tensor, ...]:
-    """quantize() for given indices (B, H, P): squared error, counts, sums. -1 marks a masked row, and a row whose index
-    is not below the codebook's size becomes NaN."""
+    """quantize() for given indices (B, H, P), which it does not return. -1 marks a masked row, and a row whose index is
+    not below the codebook's size becomes NaN."""
     squared_error = torch.empty((), dtype=torch.float64, device=z.device)
     _check(z, codebook)
     kernels = _operators()
     with launch.on_device(z):
         workspace = torch.empty(kernels.cuda_lookup_workspace(z, codebook), dtype=torch.uint8, device=z.device)
         kernels.cuda_lookup(z, codebook, indices, out, squared_error, workspace, launch.stream(z))
-    return squared_error, *_statistics(z, indices, codebook, None, statistics)
+    return out, squared_error, *_statistics(z, indices, codebook, None, statistics)
 
 
 def _statistics(

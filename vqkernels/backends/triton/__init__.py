@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 
@@ -23,6 +24,30 @@ def problem() -> str | None:
 def supports(capability: tuple[int, int]) -> bool:
     """Whether the kernels are built for a GPU of this compute capability."""
     return capability >= (8, 0)
+
+
+def needs() -> str:
+    """Which GPUs the kernels serve, as the start of a refusal."""
+    return "the kernels need sm_80 or newer"
+
+
+def compiler() -> str:
+    """The compiler, as a verification names it: the minor version of the installed Triton, "3.6".
+
+    Found without importing Triton where its metadata says it.
+    """
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build of Triton under another name
+        import triton as package
+
+        version = package.__version__
+    return ".".join(version.split(".")[:2])
+
+
+def built_by() -> str:
+    """The compiler with its name: "Triton 3.6"."""
+    return f"Triton {compiler()}"
 
 
 @functools.lru_cache(maxsize=1)
