@@ -105,7 +105,7 @@ def text(results: list[Result], facts: dict[str, str]) -> str:
 
 
 def short(results: list[Result], facts: dict[str, str]) -> str:
-    """What the README shows: one line per case, losing ones included, and where the figures come from."""
+    """What docs/speed.md shows: one line per case, losing ones included, and where the figures come from."""
     rows = []
     for case, group in by_case(results):
         mine, peer = ours(group), best_peer(group)
