@@ -10,8 +10,8 @@ from vqkernels.backends import registry
 from vqkernels.verification.attack import attack
 
 _DESCRIPTION = """
-Search for a wrong index in every backend: compute hostile inputs, compare with the contract, and print a minimal case
-for the first difference. The exit status is 1 if there is one.
+Search for a wrong index in every backend: run hostile inputs, compare every index with the contract, and stop at the
+first difference with a minimal case. The exit status is then 1.
 """
 
 

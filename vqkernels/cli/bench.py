@@ -29,7 +29,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="measure this model instead; see below")
     parser.add_argument("--out", type=Path, help=f"write {_CPU}.md, {_CPU}.csv and {_CPU}.png here")
-    parser.add_argument("--readme", type=Path, help="write the table of this run between the two marks of this file")
+    marks = f"put the table of this run between the lines {_MARKS[0]} and {_MARKS[1]} of this file"
+    parser.add_argument("--readme", type=Path, help=marks)
     parser.add_argument("--quick", action="store_true", help="small cases, two rounds: shows only that it runs")
     parser.add_argument("--only", choices=list(report.TITLES), help="measure one kind of case")
     parser.add_argument("--minutes", type=float, default=9.0, help="goal; large cases keep five rounds (default: 9)")

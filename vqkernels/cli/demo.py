@@ -29,8 +29,7 @@ class DemoArguments:
     seed: int = 0
     """Seed of weights, batches, held-out images and samples."""
     amp: Literal["auto", "off", "bfloat16"] = "auto"
-    """bfloat16 trains the VQ-VAE in mixed precision (the prior is too narrow to gain). auto: bfloat16 if the CPU has
-    bfloat16 matrix instructions (AMX)."""
+    """bfloat16: mixed precision in the VQ-VAE (the prior is too narrow to gain). auto: bfloat16 if the CPU has AMX."""
 
 
 def demo_config(seed: int = 0, amp: Literal["off", "bfloat16"] = "off") -> RunConfig:

@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", metavar="PACKAGE.MODULE:FACTORY", help="a function that makes your model; see below")
     parser.add_argument("--quick", action="store_true", help="two rounds: shows only that it runs")
-    parser.add_argument("--seconds", type=float, default=30.0, help="about so long for timing (default: 30)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time for the measurement, about (default: 30)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     options = parser.parse_args(arguments)
     if options.threads < 1 or options.seconds <= 0:
