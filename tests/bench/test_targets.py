@@ -48,7 +48,7 @@ def test_nothing_is_claimed_of_what_was_not_measured():
 
 def test_everything_is_met():
     found = targets([group(case, 13.0, megabytes=0.5, wrong=0, checked=7) for case in default_cases()])
-    states = ["met"] * 8 + ["told"] + ["met"] * 3 + ["not measured"] + ["met"] * 2
+    states = ["met"] * 8 + ["no goal"] + ["met"] * 3 + ["not measured"] + ["met"] * 2
     assert [x.state for x in found] == states
     assert found[0].figure == "13.00x over 15 shapes" and found[5].figure == "13.00x over 3 shapes"
     assert found[0].goal == ">= 3x (floor 2.2x)"

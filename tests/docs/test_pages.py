@@ -47,7 +47,7 @@ NOT_RUN = {
     "python -m benchmarks": "takes minutes to hours; tests/benchmarks runs them on less",
     "pytest benchmarks": "takes a minute",
 }
-# The training of a page is this long and this large, whatever the page says.
+# Every training of a page is shortened to this length and size.
 SHORT = {
     "--vqvae.steps": 2,
     "--vqvae.batch-size": 8,
@@ -111,7 +111,7 @@ def spoken() -> list[Piece]:
 
 
 def reason(command: str) -> str | None:
-    """Why it is not run, whatever it sets in its environment."""
+    """Why it is not run; variables that it sets do not matter."""
     words = itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(command))
     bare = shlex.join(words)
     return next((why for beginning, why in NOT_RUN.items() if bare.startswith(beginning)), None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .quantizers import Found, UnknownQuantizer, find
-from .subject import ModelError, Subject, floating, told
+from .subject import ModelError, Subject, floating, one_line
 from .timing import Timing, interleave
 
 WORTH_IT = 1.05  # below this measured gain the report says "not worth it"
@@ -85,7 +85,7 @@ class Pair:
         try:
             first, second = (_Holder(copy.deepcopy(subject.model).train()) for _ in range(2))
         except Exception as error:
-            raise ModelError(f"the model cannot be copied: {told(error)}") from error
+            raise ModelError(f"the model cannot be copied: {one_line(error)}") from error
         try:
             paths = [one.path for one in find(first)]
             if not paths:
@@ -114,7 +114,7 @@ class Pair:
         except (ModelError, UnknownQuantizer):
             raise
         except Exception as error:
-            raise ModelError(f"{name} failed: {told(error)}") from error
+            raise ModelError(f"{name} failed: {one_line(error)}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ModelError("the loss must be one number with a gradient")
         return loss

@@ -49,15 +49,15 @@ def load(spec: str) -> Subject:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
-        raise ModelError(f"importing '{module_name}' failed: {told(error)}") from error
+    except Exception as error:  # a user's module may raise anything
+        raise ModelError(f"importing '{module_name}' failed: {one_line(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ModelError(f"'{module_name}' has no function '{name}'")
     try:
         made = factory()
     except Exception as error:
-        raise ModelError(f"{name}() failed: {told(error)}") from error
+        raise ModelError(f"{name}() failed: {one_line(error)}") from error
     model, *rest = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, nn.Module) or len(rest) > 2:
         raise ModelError(f"{name}() must return a torch.nn.Module, (model, inputs) or (model, inputs, loss)")
@@ -69,7 +69,7 @@ def load(spec: str) -> Subject:
     return Subject(model, inputs, loss)
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

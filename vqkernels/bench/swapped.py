@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from vqkernels.dropin.swap import ADAPTERS, Report, swap_quantizers
 
-from .subject import ModelError, Subject, floating, told
+from .subject import ModelError, Subject, floating, one_line
 from .timing import Timing, interleave
 
 _METHODS = ("forward", "encode", "decode")  # the methods by which a model calls a quantizer
@@ -77,7 +77,7 @@ class Pair:
         try:
             other.load_state_dict(self.theirs.state_dict())
         except Exception as error:
-            raise ModelError(f"the model can neither be copied nor made twice: {told(error)}") from error
+            raise ModelError(f"the model can neither be copied nor made twice: {one_line(error)}") from error
         return other
 
     def output(self, holder: nn.Sequential) -> Any:
@@ -87,7 +87,7 @@ class Pair:
             with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
                 return holder[0](*self.subject.inputs)
         except Exception as error:
-            raise ModelError(f"the model failed: {told(error)}") from error
+            raise ModelError(f"the model failed: {one_line(error)}") from error
 
     def loss(self, holder: nn.Sequential) -> Tensor:
         output = self.output(holder)
@@ -96,7 +96,7 @@ class Pair:
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"the loss failed: {told(error)}") from error
+            raise ModelError(f"the loss failed: {one_line(error)}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ModelError("the loss must be one number with a gradient")
         return loss.sum()

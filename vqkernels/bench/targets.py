@@ -111,9 +111,7 @@ def _vqvae(cases: list[Group], size: int, goal: float | None) -> Target:
     what = f"VQ-VAE step at K={size}: one-hot layer / ours"
     if goal is not None:
         return _at_least(what, figure, goal, None, len(found))
-    return Target(
-        what, "the honest figure", "-" if figure is None else f"{figure:.2f}x", "told" if figure else "not measured"
-    )
+    return Target(what, "none", "-" if figure is None else f"{figure:.2f}x", "no goal" if figure else "not measured")
 
 
 def _residual(cases: list[Group], kind: str) -> Target:

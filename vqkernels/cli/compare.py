@@ -31,7 +31,7 @@ class CompareArguments:
     """
 
     data: str
-    """The images: 'digits', or whatever 'vqkernels train' takes."""
+    """The images: 'digits', or any other source of 'vqkernels train'."""
     out: Path
     """A folder for the report, the results and the runs."""
     color: Literal["auto", "grey", "rgb", "rgba"] = "auto"

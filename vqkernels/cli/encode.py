@@ -29,7 +29,7 @@ class EncodeArguments:
     run: Path
     """The run directory of a trained VQ-VAE."""
     data: str
-    """The images: whatever 'vqkernels train' takes. Their size may differ from that in training."""
+    """The images: any source of 'vqkernels train'. Their size may differ from that in training."""
     out: Path
     """The directory of codes: new, or one that this command began. Its index.json describes it."""
     split: Literal["all", "train", "test"] = "all"
