@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-_SLOW = 8.0  # a contender slower than this times the fastest, and longer than _LONG, runs in _FEW rounds only
+_SLOW = 8.0  # times the fastest contender: one that is slower, and longer than _LONG, runs in _FEW rounds alone
 _LONG = 0.3  # seconds
 _FEW = 2
 _SAMPLE = 0.01  # seconds that one sample lasts at least
