@@ -46,7 +46,7 @@ def test_every_named_file_exists():
 @pytest.mark.parametrize("recipe", recipes())
 def test_the_files_of_the_example_exist(recipe):
     _, files = recipes()[recipe]
-    assert len(files) >= 8 and missing(files) == []
+    assert len(files) >= 5 and missing(files) == []
 
 
 @pytest.mark.parametrize("recipe", recipes())
