@@ -1,6 +1,6 @@
 """The whole system beside the usual implementation: steps, sampling, and the demo from images to drawn images.
 
-    python -m benchmarks.full_model --out benchmarks/results/full_model.json --readme README.md
+    python -m benchmarks.full_model --out benchmarks/results/full_model.json --readme docs/full_model.md
 
 The usual implementation (benchmarks/usual_model.py) has our architecture, weights, seeds, batches and losses: one-hot
 quantizer, masked PixelCNN, eager float32, Adam, a full forward pass for every sampled code. Ours is what `vqkernels
@@ -203,7 +203,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         if value is None:
             continue
         if goal is None:
-            lines.append(f"- {what}, {name}: {value:.2f}x (told whatever it is)")
+            lines.append(f"- {what}, {name}: {value:.2f}x (no goal was set)")
             continue
         state = "goal met" if value >= goal else "goal missed" if floor is None else (
             "floor met, goal missed" if value >= floor else "floor missed"

@@ -29,7 +29,7 @@ from vqkernels.nn.metrics import perplexity
 from vqkernels.training.data import load_images
 
 CODE_DIM, HIDDEN, BATCH, LEARNING_RATE = 64, 64, 64, 3e-4
-RECOMMENDED = dict(ema_decay=0.99, init="kmeans", revive="rows")  # the README's recommended settings
+RECOMMENDED = dict(ema_decay=0.99, init="kmeans", revive="rows")  # those of docs/layers.md
 
 
 class Lucidrains(nn.Module):

@@ -1,6 +1,6 @@
 """Whole models of other libraries before and after `swap_quantizers`: results, time, memory.
 
-    python -m benchmarks.swapped_models --out benchmarks/results/swap.json --readme README.md
+    python -m benchmarks.swapped_models --out benchmarks/results/swap.json --readme docs/swap.md
 
 Every factory below makes a model as its library does, with random weights, and what a step of it takes. Each is
 measured as `vqkernels swap` does, plus its quantizers alone on the rows that reach them in a step. The table shows what

@@ -1,4 +1,4 @@
-"""The table of swapped models: measured by one command, losing cells visible, the README holds the committed run."""
+"""The table of swapped models: measured by one command, losing cells visible, docs/swap.md shows the committed run."""
 
 import json
 from pathlib import Path
@@ -56,10 +56,10 @@ def test_what_is_slower_is_said(swapped_models):
     assert swapped_models.losses(record) == ["the quantizers are 2.00x slower", "a step is 2.00x slower"]
 
 
-def test_the_readme_shows_the_committed_run(swapped_models):
+def test_the_page_shows_the_committed_run(swapped_models):
     result = json.loads((ROOT / "benchmarks" / "results" / "swap.json").read_text())
     assert [x["name"] for x in result["models"]] == list(swapped_models.MODELS)
-    shown = (ROOT / "README.md").read_text().partition(swapped_models.MARKS[0])[2]
+    shown = (ROOT / "docs" / "swap.md").read_text().partition(swapped_models.MARKS[0])[2]
     assert shown.partition(swapped_models.MARKS[1])[0].strip() == swapped_models.table(result)
 
 

@@ -1,8 +1,8 @@
-"""Every command and every Python block of README.md and docs/*.md is run, on synthetic data and with few steps.
+"""Every command and every Python block of README.md, CONTRIBUTING.md and docs/*.md runs, on synthetic data, shortened.
 
-A page's words in capitals stand for paths, which `paths` makes; `SHORT` is what a training is cut down to. What
-cannot be run here is in `NOT_RUN` with its reason, and then at least its options must exist. A new command needs one or
-the other: the test says so.
+Words in capitals are placeholders for paths, which `paths` makes. `SHORT` shortens a training. A command that cannot
+run here is in `NOT_RUN` with the reason, and its options must exist. A new command must be run or be listed: a test
+checks it.
 """
 
 import itertools
@@ -26,23 +26,28 @@ import vqkernels
 from vqkernels.cli.main import COMMANDS, main
 
 ROOT = Path(vqkernels.__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # The beginnings of commands that are not run, and why.
 NOT_RUN = {
     "make demo": "takes a minute; tests/cli/test_demo.py holds what it runs",
     "make test": "these are the tests",
     "pip install": "it would change the environment",
+    "python3 -m venv": "it would make an environment",
+    ".venv/bin/pip install": "it would change the environment",
+    ". .venv/bin/activate": "it changes a shell",
+    "pre-commit": "it would change the repository",
+    "pytest tests": "these are the tests",
     "vqkernels demo": "takes a minute",
     "vqkernels bench": "takes nine minutes; tests/bench runs it with --quick",
     "vqkernels verify": "needs a GPU",
-    "vqkernels attack": "takes as long as it is told to",
+    "vqkernels attack": "takes as long as its --minutes",
     "vqkernels swap": "needs a model of the reader's; tests/cli/test_swap.py has some",
     "vqkernels compare": "takes minutes; tests/cli/test_compare.py runs a short one",
     "python -m benchmarks": "takes minutes to hours; tests/benchmarks runs them on less",
     "pytest benchmarks": "takes a minute",
 }
-# The training of a page is this long and this large, whatever the page says.
+# Every training of a page is shortened to this length and size.
 SHORT = {
     "--vqvae.steps": 2,
     "--vqvae.batch-size": 8,
@@ -60,7 +65,7 @@ SHORT = {
 
 
 class Piece(NamedTuple):
-    """A command or a block of Python, and where it stands."""
+    """A command or a block of Python, and its place."""
 
     page: str
     line: int
@@ -95,7 +100,7 @@ def commands() -> list[Piece]:
 
 
 def spoken() -> list[Piece]:
-    """The commands that stand in the prose of all pages."""
+    """The commands in the prose of all pages."""
     found = []
     for page in PAGES:
         text = re.sub(r"```.*?```", lambda block: "\n" * block[0].count("\n"), page.read_text(), flags=re.S)
@@ -106,14 +111,14 @@ def spoken() -> list[Piece]:
 
 
 def reason(command: str) -> str | None:
-    """Why it is not run, whatever it sets in its environment."""
+    """Why it is not run; variables that it sets do not matter."""
     words = itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(command))
     bare = shlex.join(words)
     return next((why for beginning, why in NOT_RUN.items() if bare.startswith(beginning)), None)
 
 
 def once(pieces: list[Piece]) -> list:
-    """Parameters: every text once, by where it stands first. Several processes take their time to start."""
+    """Parameters: every text once, named by its first place. Starting several processes is slow."""
     first = {piece.text: piece for piece in reversed(pieces)}
     return [
         pytest.param(
@@ -149,7 +154,7 @@ def trained(tmp_path_factory) -> dict[str, Path]:
 
 
 def paths(words: list[str], trained: dict[str, Path], folder: Path) -> list[str]:
-    """What the capitals of a command stand for; what it writes is below `folder`."""
+    """A command with paths in place of its capitals; it writes into `folder`."""
     known = {
         "FOLDER": trained["images"],
         "IMAGE": trained["images"] / "cat" / "0.png",
@@ -164,7 +169,7 @@ def paths(words: list[str], trained: dict[str, Path], folder: Path) -> list[str]
     if "--resume" in words:
         shutil.copytree(trained["run"], known["RUN"])
     unknown = [word for word in words if re.fullmatch(r"[A-Z]{2,}", word) and word not in known]
-    assert not unknown, f"nobody has said what {unknown[0]} stands for: add it to tests/docs/test_pages.py"
+    assert not unknown, f"{unknown[0]} is an unknown placeholder: add its path to tests/docs/test_pages.py"
     return [str(known.get(word, word)) for word in words]
 
 
@@ -181,7 +186,7 @@ def test_commands_run(piece, trained, tmp_path, monkeypatch, request):
         program, given = [], words[1:]
     else:
         pytest.fail(
-            f"nobody runs this: add a way to run it to tests/docs/test_pages.py, or a reason to NOT_RUN: {piece}"
+            f"no test runs this: add a way to run it to tests/docs/test_pages.py, or a reason to NOT_RUN: {piece}"
         )
     given = paths(given, trained, tmp_path)
     if given[0] == "train":

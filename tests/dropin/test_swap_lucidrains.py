@@ -186,22 +186,22 @@ ALTERED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "codebook of one's own": (
         "VectorQuantize",
         lambda x: setattr(x, "_codebook", MyCodebook()),
-        "its module '_codebook' is a MyCodebook of your own",
+        "its module '_codebook' is a MyCodebook, a class of another package",
     ),
     "level of one's own": (
         "ResidualVQ",
         lambda x: x.layers.__setitem__(0, MyQuantize(**SIZES)),
-        "its module 'layers.0' is a MyQuantize of your own",
+        "its module 'layers.0' is a MyQuantize, a class of another package",
     ),
     "a buffer more": (
         "SimVQ",
         lambda x: x.register_buffer("extra", torch.zeros(2)),
-        "its tensor 'extra' is none that the class has",
+        "its tensor 'extra' was added: the class does not have it",
     ),
     "a part more": (
         "ResidualVQ",
         lambda x: x.add_module("extra", nn.Linear(2, 2)),
-        "its tensor 'extra.weight' is none that the class has",
+        "its tensor 'extra.weight' was added: the class does not have it",
     ),
     "a frozen codebook by its mode": (
         "VectorQuantize",

@@ -1,7 +1,7 @@
-"""Wrong indices against the contract, ours and theirs, before anything is timed.
+"""Counts wrong indices of all contenders, before anything is timed.
 
-A random sample of rows is searched again by `vqkernels.reference`, and so is every other row on which two contenders
-disagree. A row is not looked at only where all of them gave the same answer.
+`vqkernels.reference` searches a random sample of rows again, and every other row on which two contenders disagree. So a
+row is left unchecked only if all contenders gave the same index.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqkernels import reference
 
-_SCORES = 5e8  # multiplications of the contract that one case may cost: about two seconds
+_SCORES = 5e8  # at most so many multiplications of the contract per case: about two seconds
 _CHUNK = 1 << 22  # scores held at once
 
 
@@ -30,7 +30,7 @@ def contract(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def judge(z: Tensor, codebook: Tensor, answers: dict[str, Tensor]) -> Accuracy:
-    """Compare everyone's indices `(N,)` with the contract."""
+    """Compare the indices `(N,)` of all contenders with the contract."""
     affordable = int(max(64, min(len(z), _SCORES / codebook.numel())))
     first, *others = answers.values()
     disputed = torch.zeros(len(z), dtype=torch.bool)

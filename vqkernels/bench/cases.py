@@ -15,8 +15,8 @@ CODEBOOKS = ("gaussian", "clustered", "k-means")
 class Case:
     """One row of the report.
 
-    `kind` is "search", "training", "residual" (in eval), "residual training", "entropy" or "vqvae". The rows of the
-    last follow from its images; `levels` are those of the residual kinds.
+    `kind` is "search", "training", "residual" (in eval), "residual training", "entropy" or "vqvae". For "vqvae" the
+    images give the number of rows. The residual kinds have several `levels`.
     """
 
     kind: str
@@ -34,19 +34,19 @@ class Case:
 
     @property
     def operations(self) -> float:
-        """Float operations of the N x K products of all levels, the number behind every GFLOP/s here: 2 N K D Q."""
+        """Float operations of the N x K products of all levels: 2 N K D Q. Every GFLOP/s here is this over the time."""
         return 2.0 * self.rows * self.codebook_size * self.dim * self.levels
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Rows `(N, D)` and codes `(K, D)`, or `(Q, K, D)` with levels; float32, the same in every run."""
         torch.manual_seed(self.rows + self.codebook_size + self.dim)
         if self.levels > 1:
-            scales = 0.9 ** torch.arange(self.levels)  # later levels have less to say
+            scales = 0.9 ** torch.arange(self.levels)  # later levels are smaller
             return torch.randn(self.rows, self.dim), scales[:, None, None] * torch.randn(
                 self.levels, self.codebook_size, self.dim
             )
         codes = torch.randn(self.codebook_size, self.dim)
-        if self.codebook == "clustered":  # every row lies near its code: what a trained model sees
+        if self.codebook == "clustered":  # every row lies near its code, as in a trained model
             return codes[torch.randint(len(codes), (self.rows,))] + 0.3 * torch.randn(self.rows, self.dim), codes
         z = torch.randn(self.rows, self.dim)
         if self.codebook == "k-means":  # codes fitted to the rows, starting from rows
@@ -80,7 +80,7 @@ IMAGES, SIDE, HIDDEN, CODE_DIM = 32, 32, 128, 64  # of the VQ-VAE step: 32 image
 
 
 def default_cases() -> list[Case]:
-    """Everything, heaviest first, so that the light ones can use the time that is left."""
+    """All cases of a full run, the slowest first, so that the fast ones can use the rest of the time."""
     vqvae_rows = IMAGES * (SIDE // 4) ** 2
     return [
         *(Case("search", *shape) for shape in _SEARCH),
@@ -93,7 +93,7 @@ def default_cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """One of each kind, small: whether it runs, not how fast. None of them is a case of the full run."""
+    """Small cases, at least one of each kind: they show that it runs. None of them is a case of the full run."""
     return [
         Case("search", 1000, 512, 64),
         Case("search", 2048, 256, 8, "k-means"),

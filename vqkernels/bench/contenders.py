@@ -1,4 +1,4 @@
-"""Who is timed at cases of each kind; of a VQ-VAE step that is models, see `run`."""
+"""The contenders of each kind of case. Those of a VQ-VAE step are models: see `run`."""
 
 from .entropies import ENTROPY
 from .layers import TRAINING, Layer

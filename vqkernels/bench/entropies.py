@@ -1,7 +1,7 @@
 """The contenders of the entropy loss: both entropies, and their gradients with respect to rows and codes.
 
-What each call returns is `(2,)`, the entropies; the gradients are left in its leaves. The temperature is one at which
-hardly a probability of the Gaussian rows is 0, so that there is nothing to leave out.
+A call returns both entropies, `(2,)`, and leaves the gradients in its leaves. At this temperature hardly any
+probability of the Gaussian rows is 0, so no contender can skip any.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from .peers import Call, Peer
 
 TEMPERATURE = 1.0
 PLAIN = "plain PyTorch"
-_ROWS = 256  # that the reference is asked for
+_ROWS = 256  # that the reference computes
 _TOLERANCE = 1e-4  # of a float32 gradient, relative to its largest element
 
 Entropies = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def plain(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """What everyone writes: a matrix of logits, its softmax and its log-softmax."""
+    """The usual code: a matrix of logits, its softmax and its log-softmax."""
     squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)
     logits = -(squares - 2 * z @ codebook.T) / TEMPERATURE
     probabilities, logarithms = logits.softmax(1), logits.log_softmax(1)

@@ -1,7 +1,7 @@
 """The contenders of a training step: forward, backward with an incoming gradient, and the codebook's own update.
 
-All start from the same codes. A codebook that is trained by gradient is updated by SGD without momentum, the cheapest
-update there is; one that is trained by moving averages updates itself. The gradient that comes in is random.
+All start from the same codes. A codebook trained by gradient is updated by SGD without momentum, the cheapest update.
+A codebook trained by moving averages updates itself. The incoming gradient is random.
 """
 
 from collections.abc import Callable
@@ -54,10 +54,10 @@ class Layer:
 
 
 class OneHotQuantizer(nn.Module):
-    """The layer of countless tutorials: all distances, a one-hot matrix, and its product with the codebook.
+    """The layer of many tutorials: all distances, a one-hot matrix, and its product with the codebook.
 
-    Takes and gives what `vqkernels.nn.VectorQuantizer` of the same `beta`, `channel_dim` and `ema_decay` does. With
-    moving averages the one-hot matrix is multiplied once more, for the sums of the rows of each code.
+    Arguments and results are those of `vqkernels.nn.VectorQuantizer` with the same `beta`, `channel_dim` and
+    `ema_decay`. With moving averages a second product with the one-hot matrix gives the sums of the rows of each code.
     """
 
     codebook: Tensor
@@ -130,7 +130,7 @@ def _diffusers(codebook: Tensor) -> tuple[Forward, list[Tensor]]:
     layer.embedding.weight.data.copy_(codebook)
 
     def forward(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Images of one column whose memory is channels-last already, so that the layer's own permutation is free.
+        # Images of one column, already channels-last in memory, so that the layer's permutation costs nothing.
         quantized, loss, (_, _, indices) = layer(rows[None, :, None, :].permute(0, 3, 1, 2))
         return quantized.permute(0, 2, 3, 1).reshape(rows.shape), indices, loss
 

@@ -1,4 +1,4 @@
-"""What a figure depends on: the processor, the versions, the commit. No name of the machine or its user."""
+"""The facts that a figure depends on: processor, versions, commit. No name of the machine or of its user."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ PACKAGES = ("numpy", "scikit-learn", "faiss-cpu", "vector-quantize-pytorch", "di
 
 
 def facts(threads: int) -> dict[str, str]:
-    """Labels and values, in the order in which they are shown."""
+    """Labels and values, in the order of the report."""
     known = dict(registry.report())
     found = {
         "processor": _processor(),
@@ -45,7 +45,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, with a plus where files of the package differ from it; or that there is no checkout."""
+    """The checkout's commit, with a plus if files of the package differ from it. Without a checkout it says so."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return "installed package"

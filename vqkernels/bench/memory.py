@@ -1,8 +1,8 @@
-"""Peak memory of one call above its inputs, measured in a process of its own. Linux only.
+"""Peak memory of one call above its inputs, measured in a separate process. Linux only.
 
-The kernel resets the peak resident set through /proc/self/clear_refs and gives it back as VmHWM. Each contender first
-runs on a few rows, which allocates what is allocated once (threads, autograd, imports); then its inputs and, where it
-has one, its prepared index are made, and only what the call needs above them counts, its result included.
+Writing to /proc/self/clear_refs resets the peak resident set, and VmHWM gives it. Each contender first runs on a few
+rows, which allocates what is allocated once (threads, autograd, imports). Then its inputs are made, and its prepared
+index if it has one. Only the memory above these counts, the result of the call included.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import torch
 from .cases import Case
 from .contenders import CONTENDERS
 
-# Blocks beyond this size go back to the system when they are freed, so that no contender lives off another's leavings.
+# Larger blocks return to the system when they are freed, so that no contender reuses memory of another.
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -41,7 +41,7 @@ def peak_above_inputs(case: Case, name: str) -> float:
 
 
 def peak_of(call: Callable[[], Any]) -> float:
-    """MB at the peak of one call above what is resident before it; what it needs once must have been allocated."""
+    """MB at the peak of one call above what is resident before it. Call it once before, to allocate what is kept."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     before = resident("VmRSS")
@@ -53,7 +53,7 @@ def peak_of(call: Callable[[], Any]) -> float:
 
 
 def measure(jobs: list[Job], threads: int) -> dict[Job, float]:
-    """MB by job, from one child process for all of them; a job that failed is missing. Empty where this cannot work."""
+    """MB by job, from one child process for all jobs. A failed job is missing; empty where peaks cannot be read."""
     if not jobs:
         return {}
     asked = {"threads": threads, "jobs": [[vars(case), name] for case, name in jobs]}
@@ -61,8 +61,10 @@ def measure(jobs: list[Job], threads: int) -> dict[Job, float]:
 
 
 def answers(module: str, asked: dict[str, Any]) -> list[Any]:
-    """The lists that `module`, run as a program that is asked for `asked["threads"]`, prints; none where peaks cannot
-    be measured."""
+    """The lists that `module` prints, run as a program with `asked` as its input and `asked["threads"]` threads.
+
+    Empty where peaks cannot be measured.
+    """
     if not os.access(_CLEAR, os.W_OK):
         return []
     done = subprocess.run(
@@ -82,7 +84,7 @@ def _child() -> None:
     for number, (case, name) in enumerate(asked["jobs"]):
         try:
             print(json.dumps([number, peak_above_inputs(Case(**case), name)]), flush=True)
-        except Exception as error:  # one contender's failure is not another's
+        except Exception as error:  # the others still run
             print(f"{name}: {error}", file=sys.stderr)
 
 

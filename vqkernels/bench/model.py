@@ -1,9 +1,9 @@
-"""The gain of somebody's own model: predicted from the time that its quantizer takes, then measured with it swapped.
+"""The gain of a user's model: predicted from the time that its quantizer takes, then measured after a swap.
 
-Three steps. One forward pass, hooked, records how every quantizer is called. The calls are timed alone, forward and
-backward, with the model's quantizer and with its counterpart: Amdahl's law makes the prediction of that and of the time
-of a whole step. Then whole steps of two copies of the model, which differ in the quantizers alone, are timed in turn.
-A step is forward, loss, backward and Adam.
+There are three steps. One forward pass with hooks records how every quantizer is called. The calls are timed alone,
+forward and backward, with the model's quantizer and with its counterpart; with the time of a whole step, Amdahl's law
+gives the prediction. Then whole steps of two copies of the model, which differ only in the quantizers, are timed in
+turn. A step is forward, loss, backward and Adam.
 """
 
 import copy
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .quantizers import Found, UnknownQuantizer, find
-from .subject import ModelError, Subject, floating, told
+from .subject import ModelError, Subject, floating, one_line
 from .timing import Timing, interleave
 
-WORTH_IT = 1.05  # measured gain below which the swap is said not to be worth it
+WORTH_IT = 1.05  # below this measured gain the report says "not worth it"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds: of a step with the slower quantizers, and of all their calls in it, theirs and their counterparts'."""
+    """Seconds of a step with the slower quantizers, and of all calls of the slow and of the fast ones in it."""
 
     step: Timing
     slow: Timing
@@ -77,15 +77,15 @@ class _Holder(nn.Module):
 
 
 class Pair:
-    """Two copies of a model that differ in their quantizers alone: the slow one has theirs, or the one-hot layer."""
+    """Two copies of a model that differ only in their quantizers. The slow one has the peer's, or the one-hot layer."""
 
     def __init__(self, subject: Subject) -> None:
-        """Raises: ModelError, in one sentence, where the model cannot be measured."""
+        """Raises: ModelError, with the reason, if the model cannot be measured."""
         self.subject = subject
         try:
             first, second = (_Holder(copy.deepcopy(subject.model).train()) for _ in range(2))
         except Exception as error:
-            raise ModelError(f"the model cannot be copied: {told(error)}") from error
+            raise ModelError(f"the model cannot be copied: {one_line(error)}") from error
         try:
             paths = [one.path for one in find(first)]
             if not paths:
@@ -114,7 +114,7 @@ class Pair:
         except (ModelError, UnknownQuantizer):
             raise
         except Exception as error:
-            raise ModelError(f"{name} failed: {told(error)}") from error
+            raise ModelError(f"{name} failed: {one_line(error)}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ModelError("the loss must be one number with a gradient")
         return loss
@@ -138,7 +138,7 @@ class Pair:
         return calls
 
     def _compare(self) -> tuple[list[int], int]:
-        """Rows of each recorded call, and to how many of all of them slow and fast quantizers give different codes."""
+        """Rows of each recorded call, and how many of all get different codes from slow and fast quantizers."""
         rows, differing = [], 0
         with torch.no_grad():
             for call in self.calls:
@@ -162,7 +162,7 @@ class Pair:
         return step
 
     def alone(self, holder: _Holder) -> Callable[[], None]:
-        """Forward and backward of the recorded calls of the quantizers, and nothing else."""
+        """Only the recorded calls of the quantizers, forward and backward."""
 
         def quantize() -> None:
             for call in self.calls:
@@ -175,7 +175,7 @@ class Pair:
         return quantize
 
     def shapes(self) -> list[str]:
-        """One line per quantizer: what it is, where, and the N, K, D of its calls."""
+        """One line per quantizer: its class, its path, and the N, K, D of its calls."""
         lines = []
         for one in self.found:
             size, dim = one.codebook.shape
@@ -207,13 +207,13 @@ def measure(pair: Pair, threads: int, seconds: float, least: int = 5, most: int 
 
 
 def report(pair: Pair, prediction: Prediction, measurement: Measurement) -> str:
-    """What was predicted, what was measured, and whether it is worth it."""
+    """Prediction, measurement and verdict, one line each."""
     names = ("one-hot layer", "vqkernels") if pair.ours else ("yours", "vqkernels")
     p, m = prediction, measurement
     worth = m.gain >= WORTH_IT
     verdict = f"{'worth it' if worth else 'not worth it'}: a step is {m.gain:.2f}x as fast with vqkernels"
     if not worth:
-        verdict += f", and below {WORTH_IT:.2f}x we would not change a model"
+        verdict += f"; we recommend it from {WORTH_IT:.2f}x on"
     return "\n".join(
         [
             f"predicted  {p.gain:.2f}x  the quantizer takes {p.share:.0%} of a step of {_ms(p.step)} ms: {names[0]} "

@@ -1,7 +1,7 @@
-"""The contenders of the search: what each computes, how it is called, and why it is unavailable where it is.
+"""The contenders of the search: what each computes, how it is called, and why it cannot run here.
 
-`prepare(z, codebook)` does what a user does once per codebook (an index, half norms) and is not timed; the function it
-returns is. Everyone gets the same float32 rows and codes and gives int64 indices `(N,)`.
+`prepare(z, codebook)` does what a user does once per codebook (an index, half norms); it is not timed. The function
+that it returns is timed. All get the same float32 rows and codes and give int64 indices `(N,)`.
 """
 
 import importlib
@@ -26,25 +26,25 @@ class Peer:
     computes: str
     prepare: Callable[[Tensor, Tensor], Call]
     module: str = "torch"
-    package: str = ""  # what pip calls it; empty where nothing has to be installed
+    package: str = ""  # its name for pip; empty if nothing must be installed
     ours: bool = False
-    searches: bool = True  # False: there for scale, and never the best peer
+    searches: bool = True  # False: shown for comparison, never the best peer
     slow_start: bool = False  # left out of --quick
     matrices: int = 0  # how many N x K float32 matrices it holds at its peak
 
 
 def unavailable(module: str, package: str) -> str | None:
-    """Why a contender cannot run here, with the command that mends it; None where it can."""
+    """Why a contender cannot run here, with the command that installs it; None if it can."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # a broken peer must not end the run of the others
+    except Exception as error:  # the other peers still run
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         return f"{reason}; pip install {package}" if package else reason
     return None
 
 
 def too_large(matrices: int, rows: int, codebook_size: int) -> str | None:
-    """Why a contender that holds so many N x K matrices must not be started; None where it may."""
+    """Why a contender that holds so many N x K matrices must not start; None if it may."""
     needed = 4.0 * matrices * rows * codebook_size
     try:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.7
@@ -78,7 +78,7 @@ def _addmm_argmin(half: Tensor, z: Tensor, codebook: Tensor) -> Tensor:
 
 def _compiled(z: Tensor, codebook: Tensor) -> Call:
     half = codebook.square().sum(1) / 2
-    torch._dynamo.reset()  # each shape gets a graph of its own, which is the fastest it can be
+    torch._dynamo.reset()  # a new graph for each shape, which is the fastest case for it
     function = torch.compile(_addmm_argmin, dynamic=False)
     return lambda: function(half, z, codebook)
 

@@ -1,4 +1,4 @@
-"""The report as one picture that can be read without the text beside it. Needs matplotlib."""
+"""The report as one picture that needs no other text. Needs matplotlib."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""The quantizers inside somebody's model: which there are, and what stands in their place for a comparison.
+"""Finds the quantizers of a user's model, and makes a counterpart of each for a comparison.
 
-Recognised are the layer of this package, lucidrains `VectorQuantize`, diffusers `VectorQuantizer`, and any module that
-keeps this protocol: a tensor `codebook` of shape (K, D), an int `channel_dim` that names z's channel axis, and
-`forward(z)` that returns (quantized, indices, loss); optionally a float `beta`. A peer is compared with our layer in
-its place; our own layer is compared with the usual one-hot layer in its place.
+It recognises the layer of this package, lucidrains `VectorQuantize`, diffusers `VectorQuantizer`, and any module with
+this protocol: a tensor `codebook` of shape (K, D), an int `channel_dim` that names z's channel axis, and `forward(z)`
+that returns (quantized, indices, loss); optionally a float `beta`. The counterpart of a peer's layer is our layer. The
+counterpart of our layer is the usual one-hot layer.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ class Found:
     kind: str
     codebook: Tensor
     ours: bool
-    counterpart: Callable[[], nn.Module]  # what is timed against it: takes and gives what the module does
+    counterpart: Callable[[], nn.Module]  # makes what is timed against it, with the same call and return
 
 
 class _Adapter(nn.Module):
-    """Our layer behind a peer's call and return; `before` and `after` are the peer's own projections."""
+    """Our layer with a peer's call and return; `before` and `after` are the peer's projections."""
 
     def __init__(self, layer: VectorQuantizer, before: nn.Module | None = None, after: nn.Module | None = None) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Adapter(nn.Module):
 
 
 class _ForDiffusers(_Adapter):
-    """`(quantized (B, D, H, W), loss (), (None, None, indices))`, indices (N,), or (B, H, W) where asked for."""
+    """`(quantized (B, D, H, W), loss (), (None, None, indices))`, indices (N,), or (B, H, W) if `shaped`."""
 
     def __init__(self, layer: VectorQuantizer, shaped: bool, scale: float) -> None:
         super().__init__(layer)
@@ -58,7 +58,7 @@ class _ForDiffusers(_Adapter):
 
 
 class _ForLucidrains(_Adapter):
-    """`(quantized, indices, loss)`; options of a call that our layer does not have are refused, not ignored."""
+    """`(quantized, indices, loss)`. Options of a call that our layer does not have are refused, not ignored."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         given = sorted(name for name, value in options.items() if value is not None and value is not False)
@@ -70,7 +70,7 @@ class _ForLucidrains(_Adapter):
 
 
 def _is_a(module: nn.Module, package: str, name: str) -> bool:
-    """Whether its class or a base of it is `name` of `package`; nothing is imported to find out."""
+    """Whether its class or a base of it is `name` of `package`, without an import."""
     return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(module).__mro__)
 
 
@@ -87,7 +87,7 @@ def _diffusers(path: str, module: Any) -> Found:
     if module.remap is not None:
         raise UnknownQuantizer(f"the diffusers VectorQuantizer at '{path}' remaps its indices; that has no counterpart")
     codes = module.embedding.weight
-    # With legacy=True the weight stands at the other loss: w codebook + commitment = w (codebook + commitment / w).
+    # With legacy=True the weight is on the other loss: w codebook + commitment = w (codebook + commitment / w).
     weighted = module.legacy and module.beta > 0
     beta, scale = (1 / module.beta, module.beta) if weighted else (module.beta, 1.0)
     return Found(
@@ -135,7 +135,7 @@ def _ours(path: str, module: VectorQuantizer) -> Found:
     }
     for name, used in odd.items():
         if used:
-            raise UnknownQuantizer(f"the layer at '{path}' has {name}, which the usual one-hot layer has not")
+            raise UnknownQuantizer(f"the layer at '{path}' has {name}, which the usual one-hot layer does not have")
 
     def counterpart() -> nn.Module:
         return OneHotQuantizer(
@@ -157,7 +157,7 @@ def _keeps_protocol(module: nn.Module) -> bool:
 
 
 def find(model: nn.Module) -> list[Found]:
-    """Every quantizer of a model, outermost first; what lies inside one belongs to it.
+    """Every quantizer of a model, outermost first. A quantizer inside another one is not listed.
 
     Raises:
         UnknownQuantizer: one is recognised but cannot be replaced.

@@ -1,4 +1,4 @@
-"""What was measured, as text: one line per case, every contender's figures, and a CSV that says where it comes from."""
+"""The report: one line per case, the figures of every contender, and a CSV with machine, versions and commit."""
 
 import csv
 import math
@@ -41,7 +41,7 @@ def by_case(results: Iterable[Result]) -> list[tuple[Case, list[Result]]]:
 
 
 def ours(group: list[Result]) -> Result | None:
-    """Our entry of a case: for a training step the one that is trained by moving averages, as most codebooks are."""
+    """Our entry of a case. For a training step it is the one with moving averages, as most codebooks have."""
     return next((x for x in group if x.ours and x.timing), None)
 
 
@@ -58,7 +58,7 @@ def ratio(other: Result | None, mine: Result | None) -> float | None:
 
 
 def losses(group: list[Result]) -> list[str]:
-    """Everyone who is faster than us or needs less memory: the honest column."""
+    """Every contender that is faster than ours or needs less memory."""
     mine = ours(group)
     found = []
     for other in group:
@@ -105,7 +105,7 @@ def text(results: list[Result], facts: dict[str, str]) -> str:
 
 
 def short(results: list[Result], facts: dict[str, str]) -> str:
-    """What the README shows: one line per case, losing ones included, and where the figures come from."""
+    """The table of docs/speed.md: one line per case, losing ones included, and the machine and commit."""
     rows = []
     for case, group in by_case(results):
         mine, peer = ours(group), best_peer(group)
@@ -202,7 +202,7 @@ def _megabytes(result: Result | None) -> str:
 
 
 def write_csv(path: Path, results: list[Result], facts: dict[str, str]) -> None:
-    """One line per case and contender; the machine, versions and commit stand in columns of their own."""
+    """One line per case and contender, with columns for machine, versions and commit."""
     with path.open("w", newline="") as stream:
         writer: csv.DictWriter[str] | None = None
         for x in results:

@@ -1,4 +1,4 @@
-"""Runs the cases: correctness first, then the clocks, then memory in a process of its own."""
+"""Runs the cases: first correctness, then times, then memory in a separate process."""
 
 import dataclasses
 import time
@@ -23,12 +23,12 @@ from .timing import Timing, interleave
 
 
 class WrongIndex(AssertionError):
-    """One of ours is not the contract's index, or not its entropy: nothing is timed after that."""
+    """An index or an entropy of ours differs from the contract. Nothing is timed after that."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contender at one case. What was not measured is None; `problem` says why a contender did not run."""
+    """One contender at one case. None is "not measured"; `problem` says why a contender did not run."""
 
     case: Case
     contender: str
@@ -46,7 +46,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long it may take."""
+    """Limits of a run: minutes in all, and rounds per case between `least` and `most`."""
 
     threads: int
     minutes: float = 9.0
@@ -60,7 +60,7 @@ ModelFactory = Callable[[int], Any]  # codebook size -> a VQ-VAE with a `quantiz
 
 def run(cases: list[Case], effort: Effort, make_model: ModelFactory) -> Iterator[list[Result]]:
     """Yields the results of each case as they come, and at the end all of them again with their memory."""
-    deadline = time.perf_counter() + 60 * effort.minutes * 0.8  # the rest is for memory
+    deadline = time.perf_counter() + 60 * effort.minutes * 0.8  # the other fifth is for memory
     every: list[Result] = []
     for number, case in enumerate(cases):
         share = max(0.0, deadline - time.perf_counter()) / (len(cases) - number)
@@ -68,13 +68,14 @@ def run(cases: list[Case], effort: Effort, make_model: ModelFactory) -> Iterator
         every += results
         yield results
     jobs = [(x.case, x.contender) for x in every if x.timing is not None and x.case.kind != "vqvae"]
-    jobs = [job for job in jobs if not any(p.name == job[1] and p.slow_start for p in SEARCH)]  # its compiler counts
+    # The compiler's own memory would count as its contender's.
+    jobs = [job for job in jobs if not any(p.name == job[1] and p.slow_start for p in SEARCH)]
     megabytes = memory.measure(jobs, effort.threads)
     yield [dataclasses.replace(x, megabytes=megabytes.get((x.case, x.contender))) for x in every]
 
 
 def _able(contenders: Iterable[Peer | Layer], case: Case, quick: bool) -> tuple[list[Peer | Layer], dict[str, str]]:
-    """Who can run, and why the others cannot."""
+    """The contenders that can run, and why the others cannot, by name."""
     able, problems = [], {}
     for one in contenders:
         problem = unavailable(one.module, one.package) or too_large(one.matrices, case.rows, case.codebook_size)
@@ -103,7 +104,7 @@ def _case(case: Case, effort: Effort, share: float) -> list[Result]:
                 known[one.name] = time.perf_counter() - start
             if answer.dtype == torch.int64 and answer.numel() == case.rows * case.levels:
                 answers[one.name] = answer.clone()
-        except Exception as error:  # a peer that fails is reported, and the others go on
+        except Exception as error:  # a peer that fails is reported, and the others still run
             if one.ours:
                 raise
             calls.pop(one.name, None)
@@ -134,7 +135,7 @@ def _case(case: Case, effort: Effort, share: float) -> list[Result]:
 
 
 def _accuracy(z: Tensor, codebook: Tensor, answers: dict[str, Tensor]) -> tuple[Accuracy, float | None]:
-    """Wrong rows of everyone, and the fraction of rows that our filter decided where one search tells it."""
+    """Wrong rows of all contenders; and for a single search the fraction of rows that our filter decided."""
     if codebook.dim() == 3:
         wrong, checked = judge_stack(z, codebook, answers)
         return Accuracy(wrong, checked, 0), None
@@ -154,7 +155,7 @@ def _refuse_entropies(z: Tensor, codebook: Tensor, case: Case) -> None:
 
 
 def _vqvae(case: Case, effort: Effort, share: float, make_model: ModelFactory) -> list[Result]:
-    """One training step of a VQ-VAE (forward, backward, Adam) with our layer, the one-hot layer, and none at all."""
+    """A training step of a VQ-VAE (forward, backward, Adam) with our layer, the one-hot layer, and no quantizer."""
     images = torch.rand(IMAGES if not effort.quick else 2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     codes = torch.randn(case.codebook_size, case.dim, generator=torch.Generator().manual_seed(1))
     usual = OneHotQuantizer(codes.clone() * 0.1)

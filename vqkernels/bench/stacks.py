@@ -1,6 +1,6 @@
 """The contenders of residual quantization: a forward in eval, and a training step with moving averages.
 
-All get the same rows and start from the same codes of every level; a call gives the indices of all levels `(N, Q)`.
+All get the same rows and start from the same codes of every level. A call gives the indices of all levels `(N, Q)`.
 """
 
 import torch
@@ -13,7 +13,7 @@ from vqkernels.ops.nearest import nearest_code
 from .layers import Step
 from .peers import Peer
 
-_CHECKED = 5e8  # multiplications of the contract that checking one case may cost
+_CHECKED = 5e8  # at most so many multiplications of the contract per case
 
 
 def _ours(codebooks: Tensor) -> nn.Module:
@@ -35,7 +35,7 @@ def _lucidrains(codebooks: Tensor) -> nn.Module:
 
 
 class LevelByLevel(nn.Module):
-    """Our search, one call and one subtraction a level: what the single call saves."""
+    """Our search with one call and one subtraction per level. It shows what the single call saves."""
 
     def __init__(self, codebooks: Tensor) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ RESIDUAL: dict[str, tuple[Peer, ...]] = {
 
 
 def judge_stack(z: Tensor, codebooks: Tensor, answers: dict[str, Tensor]) -> tuple[dict[str, int], int]:
-    """Rows of each contender whose indices `(N, Q)` are not the contract's at every level, and how many are checked."""
+    """Wrong rows of each contender (an index of `(N, Q)` differs from the contract), and how many rows were checked."""
     affordable = int(max(64, min(len(z), _CHECKED / codebooks.numel())))
     sample = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:affordable]
     truth = reference.residual_vector_quantize(z[sample], codebooks)[1]

@@ -1,4 +1,4 @@
-"""Somebody's own model, named by PACKAGE.MODULE:FACTORY: how it is loaded, called, and given a loss."""
+"""A user's model, named by PACKAGE.MODULE:FACTORY: how it is loaded and called, and its loss."""
 
 import importlib
 import os
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 HELP = """
-PACKAGE.MODULE:FACTORY is imported from here or from what is installed. FACTORY() returns the model, or (model, inputs),
-or (model, inputs, loss):
-  inputs  a tensor, or a tuple of the arguments of one forward pass; where missing, model.example_inputs() gives them
-  loss    a function from what the model returns to a 0-d tensor; where missing, model.example_loss(output), and where
-          that is missing too, the sum of the mean squares of all floating tensors that the model returns
-The model must hold a quantizer: vqkernels.nn.VectorQuantizer, lucidrains VectorQuantize, diffusers VectorQuantizer, or
-a module with a tensor `codebook` (K, D), an int `channel_dim`, and forward(z) -> (quantized, indices, loss). A peer's
-is replaced by vqkernels; our own is compared with the usual one-hot layer in its place.
+PACKAGE.MODULE:FACTORY is imported from the current folder or from installed packages. FACTORY() returns the model, or
+(model, inputs), or (model, inputs, loss):
+  inputs  a tensor, or a tuple of the arguments of one forward pass; default: model.example_inputs()
+  loss    a function from the model's output to a 0-d tensor; default: model.example_loss(output), and without that
+          the sum of the mean squares of all floating tensors in the output
+The model must contain a quantizer: vqkernels.nn.VectorQuantizer, lucidrains VectorQuantize, diffusers VectorQuantizer,
+or a module with a tensor `codebook` (K, D), an int `channel_dim`, and forward(z) -> (quantized, indices, loss). Another
+library's quantizer is compared with ours in its place. Ours is compared with the usual one-hot layer in its place.
 """
 
 
 class ModelError(ValueError):
-    """The model cannot be measured; one sentence says why."""
+    """The model cannot be measured; the message says why."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with what it is called on and what is minimised."""
+    """A model, the arguments of a forward pass, and the loss of its output."""
 
     model: nn.Module
     inputs: tuple[Any, ...]
@@ -40,7 +40,7 @@ def load(spec: str) -> Subject:
     """Calls the factory named by `PACKAGE.MODULE:FACTORY`.
 
     Raises:
-        ModelError: in one sentence, whatever is wrong with it.
+        ModelError: the module, the factory or what it returns is wrong; the message says what.
     """
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
@@ -49,15 +49,15 @@ def load(spec: str) -> Subject:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
-        raise ModelError(f"importing '{module_name}' failed: {told(error)}") from error
+    except Exception as error:  # a user's module may raise anything
+        raise ModelError(f"importing '{module_name}' failed: {one_line(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ModelError(f"'{module_name}' has no function '{name}'")
     try:
         made = factory()
     except Exception as error:
-        raise ModelError(f"{name}() failed: {told(error)}") from error
+        raise ModelError(f"{name}() failed: {one_line(error)}") from error
     model, *rest = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, nn.Module) or len(rest) > 2:
         raise ModelError(f"{name}() must return a torch.nn.Module, (model, inputs) or (model, inputs, loss)")
@@ -69,7 +69,7 @@ def load(spec: str) -> Subject:
     return Subject(model, inputs, loss)
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

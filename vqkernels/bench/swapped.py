@@ -1,7 +1,7 @@
-"""A model as it is beside a copy with its quantizers swapped: how far apart they are, what each takes.
+"""A model beside a copy with its quantizers swapped: how much their results differ, and the time of each.
 
-Both get the same inputs and random numbers. Outputs and gradients are compared; whole steps are timed in turn; and the
-calls that reach the quantizers in one step are recorded, so that the quantizers can be measured alone on what they get.
+Both get the same inputs and random numbers. Outputs and gradients are compared, and whole steps are timed in turn. The
+calls that reach the quantizers in one step are recorded, so that the quantizers can be measured alone on these inputs.
 """
 
 import copy
@@ -15,26 +15,26 @@ from torch.utils import _pytree as pytree
 
 from vqkernels.dropin.swap import ADAPTERS, Report, swap_quantizers
 
-from .subject import ModelError, Subject, floating, told
+from .subject import ModelError, Subject, floating, one_line
 from .timing import Timing, interleave
 
-_METHODS = ("forward", "encode", "decode")  # the ways into a quantizer
+_METHODS = ("forward", "encode", "decode")  # the methods by which a model calls a quantizer
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a quantizer at `path`, with arguments that no longer belong to a graph."""
+    """One call of a quantizer at `path`, with detached arguments."""
 
     path: str
     method: str
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    indices: int  # that it returned: as many as it quantized rows
+    indices: int  # how many it returned: one per quantized row
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two runs are apart: of floating tensors, the largest difference over the largest magnitude."""
+    """The difference of two runs. `floats`: the largest difference of floating tensors over the largest magnitude."""
 
     floats: float
     integers: int  # how many differ
@@ -46,19 +46,19 @@ class Difference:
 
 
 class Pair:
-    """A model as it is, and a copy whose quantizers are swapped, each in a holder, so that it may itself be one.
+    """A model, and a copy whose quantizers are swapped. Each is in a holder, since a model may itself be a quantizer.
 
     Args:
-        again: makes another model like it, where it cannot be copied: those with torch's older weight norm cannot.
+        again: makes the model again if it cannot be copied, as with torch's older weight norm.
 
     Raises:
-        ModelError: in one sentence, where the model cannot be measured or holds no known quantizer.
+        ModelError: the model cannot be measured or has no known quantizer; the message says why.
     """
 
     def __init__(self, subject: Subject, again: Callable[[], Subject]) -> None:
         self.subject = subject
         self.theirs = nn.Sequential(subject.model.train())
-        self.trains = True  # while it is looked at; what is initialised from the first batch is initialised now
+        self.trains = True  # for the first pass, which also initialises what needs a first batch
         self.trains = any(x.requires_grad for x in floating(self.output(self.theirs)))
         if self.trains:
             self.loss(self.theirs)
@@ -72,22 +72,22 @@ class Pair:
     def _copy(self, again: Callable[[], Subject]) -> nn.Sequential:
         try:
             return copy.deepcopy(self.theirs)
-        except Exception:  # whatever a part of the model raises
+        except Exception:  # any part of the model may raise anything
             other = nn.Sequential(again().model).train(self.theirs.training)
         try:
             other.load_state_dict(self.theirs.state_dict())
         except Exception as error:
-            raise ModelError(f"the model can neither be copied nor made twice: {told(error)}") from error
+            raise ModelError(f"the model can neither be copied nor made twice: {one_line(error)}") from error
         return other
 
     def output(self, holder: nn.Sequential) -> Any:
-        """What the model returns, with the random numbers of both the same."""
+        """The model's output, with the same random numbers for both models."""
         torch.manual_seed(0)
         try:
             with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
                 return holder[0](*self.subject.inputs)
         except Exception as error:
-            raise ModelError(f"the model failed: {told(error)}") from error
+            raise ModelError(f"the model failed: {one_line(error)}") from error
 
     def loss(self, holder: nn.Sequential) -> Tensor:
         output = self.output(holder)
@@ -96,13 +96,13 @@ class Pair:
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"the loss failed: {told(error)}") from error
+            raise ModelError(f"the loss failed: {one_line(error)}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ModelError("the loss must be one number with a gradient")
         return loss.sum()
 
     def compare(self) -> dict[str, Difference]:
-        """Outputs in eval mode, and the gradients of one step where there are any; then both are in train mode."""
+        """Compares outputs in eval mode, and the gradients of one step if there are any. Leaves both in train mode."""
         found = {}
         with torch.no_grad():
             outputs = [self.output(x.eval()) for x in (self.theirs, self.ours)]
@@ -118,7 +118,7 @@ class Pair:
         return found
 
     def step(self, holder: nn.Sequential) -> Callable[[], None]:
-        """One training step; a forward where nothing has a gradient."""
+        """One training step; a forward if no output has a gradient."""
         if not self.trains:
             return lambda: self.output(holder)
         optimizer = torch.optim.Adam((p for p in holder.parameters() if p.requires_grad), lr=1e-5)
@@ -141,7 +141,7 @@ class Pair:
         return found
 
     def alone(self, holder: nn.Sequential, calls: list[Call]) -> Callable[[], None]:
-        """The recorded calls, forward and, where a step has one, backward, and nothing else."""
+        """Only the recorded calls: forward, and backward if a step has one."""
 
         def quantize() -> None:
             with torch.set_grad_enabled(self.trains):
@@ -155,7 +155,7 @@ class Pair:
 
     @torch.no_grad()
     def differing(self, calls: list[Call]) -> tuple[int, int]:
-        """Of the indices that the recorded calls give in eval mode, how many differ, and of how many."""
+        """How many indices of the recorded calls differ in eval mode, and how many there are."""
         differ = number = 0
         for holder in (self.theirs, self.ours):
             holder.eval()
@@ -179,7 +179,7 @@ class Pair:
 
 
 class _Watch:
-    """Records the outermost calls of the modules at `paths`, whichever of their methods is called."""
+    """Records the outermost calls of the modules at `paths`, by any method of `_METHODS`."""
 
     def __init__(self, holder: nn.Module, paths: list[str], found: list[Call]) -> None:
         self.modules = {path: holder.get_submodule(path) for path in paths}

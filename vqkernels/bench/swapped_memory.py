@@ -1,7 +1,7 @@
-"""Peak memory of a step of somebody's model before and after the swap, and of its quantizers alone. Linux only.
+"""Peak memory of a step of a user's model before and after the swap, and of its quantizers alone. Linux only.
 
-One process makes the model and its swapped copy. Every call runs once, which allocates what is allocated once (threads,
-the optimizer's state), and then counts: what it needs above the models, their optimizer and its inputs.
+One process makes the model and its swapped copy. Every call first runs once, which allocates what is allocated once
+(threads, the optimizer's state). The second run counts: its memory above the models, their optimizer and its inputs.
 """
 
 import json
@@ -24,7 +24,7 @@ class Peaks:
 
 
 def measure(spec: str, threads: int) -> Peaks | None:
-    """The peaks of the model named by `PACKAGE.MODULE:FACTORY`; None where they cannot be measured."""
+    """The peaks of the model named by `PACKAGE.MODULE:FACTORY`; None if they cannot be measured."""
     found = answers("vqkernels.bench.swapped_memory", {"threads": threads, "spec": spec})
     return Peaks(*(tuple(pair) for pair in found[-1])) if found else None
 

@@ -1,6 +1,6 @@
-"""What this package set out to reach on two cores, and what was measured: every goal, met or not.
+"""Our goals on two cores, and what was measured: every goal, met or not.
 
-Only the cases of a full run count; where a run left some out, the number of those that it had stands beside the figure.
+Only the cases of a full run count. Each figure says how many cases it is from.
 """
 
 import math
@@ -111,9 +111,7 @@ def _vqvae(cases: list[Group], size: int, goal: float | None) -> Target:
     what = f"VQ-VAE step at K={size}: one-hot layer / ours"
     if goal is not None:
         return _at_least(what, figure, goal, None, len(found))
-    return Target(
-        what, "the honest figure", "-" if figure is None else f"{figure:.2f}x", "told" if figure else "not measured"
-    )
+    return Target(what, "none", "-" if figure is None else f"{figure:.2f}x", "no goal" if figure else "not measured")
 
 
 def _residual(cases: list[Group], kind: str) -> Target:
@@ -123,7 +121,7 @@ def _residual(cases: list[Group], kind: str) -> Target:
 
 
 def _memory(groups: list[Group]) -> Target:
-    """O((N + K) D) scratch, with its constant: two float32 copies and 1 MB; a training step's gradients besides."""
+    """O((N + K) D) scratch memory: two float32 copies and 1 MB, and in a training step also its gradients."""
     worst: float | None = None
     for case, results in groups:
         copies = 8 if case.kind == "search" else 16  # bytes per element of z and of the codebook

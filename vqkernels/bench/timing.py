@@ -1,9 +1,9 @@
-"""Clocks: interleaved rounds in one process, and the multiply-add peak of the machine measured between them.
+"""Times: interleaved rounds in one process, and the multiply-add peak of the machine measured between them.
 
-In every round each contender runs once (a short one several times in a row, to fill `_SAMPLE` seconds) and so does
-the peak, so that whatever else the machine does falls on all of them. A pause before each lets the threads of the one
-before go to sleep. A contender that takes many times as long as the fastest one runs in two rounds alone, so that the
-time goes where figures are close. Figures are medians over the rounds, with quartiles.
+In every round each contender runs once (a short one several times in a row, for `_SAMPLE` seconds), and the peak is
+measured once. So other work of the machine affects all of them alike. A pause before each lets the threads of the one
+before go to sleep. A contender that takes many times as long as the fastest runs in two rounds only, which leaves the
+time for close figures. Figures are medians over the rounds, with quartiles.
 """
 
 import importlib
@@ -63,17 +63,17 @@ def interleave(
     most: int,
     known: dict[str, float] | None = None,
 ) -> tuple[dict[str, Timing], Timing | None]:
-    """Time everyone in rounds, as many as `budget` seconds allow between `least` and `most`.
+    """Time all contenders in rounds, as many as `budget` seconds allow between `least` and `most`.
 
     Args:
-        known: seconds of a first call that was made already; where it was long, there is no other before the rounds.
+        known: seconds of a first call that was already made. If it was long, no other call comes before the rounds.
 
     Returns:
-        The times by name, and the peak in operations per second where it can be measured.
+        The times by name, and the peak in operations per second, None if it cannot be measured.
     """
     begun = time.perf_counter()
     long = {name: seconds for name, seconds in (known or {}).items() if seconds > _LONG and name in contenders}
-    # The others once more before it counts, to learn how long they take.
+    # The others run once more before the rounds, to learn how long they take.
     once = {name: long.get(name) or seconds_per_call(function, 1) for name, function in contenders.items()}
     calls = {name: max(1, round(_SAMPLE / max(seconds, 1e-6))) for name, seconds in once.items()}
     slow = {name for name, seconds in once.items() if seconds > max(_LONG, _SLOW * min(once.values()))}

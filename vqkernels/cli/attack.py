@@ -9,21 +9,26 @@ import torch
 from vqkernels.backends import registry
 from vqkernels.verification.attack import attack
 
+_DESCRIPTION = """
+Search for a wrong index in every backend: run hostile inputs, compare every index with the contract, and stop at the
+first difference with a minimal case. The exit status is then 1.
+"""
+
 
 def run(arguments: Sequence[str]) -> int:
-    """Attack for a while; returns 0 when nothing was found and 1 with a minimal case when something was."""
-    parser = argparse.ArgumentParser(prog="vqkernels attack", description="Search for a wrong index in every backend.")
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long to search")
-    parser.add_argument("--backend", action="append", help="attack this backend only; may be given twice")
-    parser.add_argument("--device", default="cpu", help="where the inputs lie: cpu, cuda, cuda:1")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
+    """Search; returns 0 if every index was right, 1 after printing a minimal case of a wrong one, 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="vqkernels attack", description=_DESCRIPTION)
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long to search (default: 1)")
+    parser.add_argument("--backend", action="append", help="only this backend; give it again for a second one")
+    parser.add_argument("--device", default="cpu", help="device of the inputs: cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: 0)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
         device = torch.device(options.device)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"there is no device {options.device}: torch sees no CUDA GPU")
+            raise RuntimeError(f"--device {options.device} needs a GPU, but torch sees no CUDA GPU")
         backends = [
             registry.resolve(name, device, "nearest")
             for name in options.backend or registry.available(device, "nearest")
@@ -47,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     if live:
         print(file=sys.stderr)
     if progress is None:
-        print("no time to run a single case")
+        print("the time was too short for a single case: raise --minutes")
         return 0
     print(f"{progress.cases} cases, {progress.rows} rows, {progress.scores:.2e} scores in {progress.seconds:.0f} s")
     if progress.failure is not None:

@@ -1,4 +1,4 @@
-"""`vqkernels bench`: speed, memory and error beside every peer that is installed. Needs torch alone."""
+"""`vqkernels bench`: speed, memory and errors beside every installed peer, or of a user's model. Needs torch alone."""
 
 import argparse
 import sys
@@ -12,28 +12,29 @@ from vqkernels.bench.run import Effort, WrongIndex
 from vqkernels.bench.run import run as run_cases
 
 _DESCRIPTION = """
-Measure the kernels beside their peers on this machine's CPU. A peer that is not installed is named and left out:
-pip install 'vqkernels[bench]' brings them. With --model, predict and measure the gain of your own model instead.
+Measure the kernels beside other libraries on this machine's CPU. A library that is not installed is named and left
+out; pip install 'vqkernels[bench]' installs all. With --model, predict and measure the gain for your model instead.
 """
 _MARKS = ("<!-- vqkernels bench -->", "<!-- end of vqkernels bench -->")
 _CPU = "cpu"  # the kind of machine that the cases run on; names the files
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Measure and report; returns 1 when one of our own indices was wrong, which ends the run."""
+    """Measure and report; returns 1 if an index of ours was wrong, which ends the run, and 2 for a mistake."""
     parser = argparse.ArgumentParser(
         prog="vqkernels bench",
         description=_DESCRIPTION,
         epilog=subject.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="measure this model; see below")
-    parser.add_argument("--out", type=Path, help=f"folder for {_CPU}.md, {_CPU}.csv and {_CPU}.png")
-    parser.add_argument("--readme", type=Path, help="a file whose text between two marks becomes the table of this run")
-    parser.add_argument("--quick", action="store_true", help="small cases, two rounds: whether it runs, not how fast")
-    parser.add_argument("--only", choices=list(report.TITLES), help="one kind of case")
-    parser.add_argument("--minutes", type=float, default=9.0, help="aim to end within; large cases keep five rounds")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="measure this model instead; see below")
+    parser.add_argument("--out", type=Path, help=f"write {_CPU}.md, {_CPU}.csv and {_CPU}.png here")
+    marks = f"put the table of this run between the lines {_MARKS[0]} and {_MARKS[1]} of this file"
+    parser.add_argument("--readme", type=Path, help=marks)
+    parser.add_argument("--quick", action="store_true", help="small cases, two rounds: shows only that it runs")
+    parser.add_argument("--only", choices=list(report.TITLES), help="measure one kind of case")
+    parser.add_argument("--minutes", type=float, default=9.0, help="goal; large cases keep five rounds (default: 9)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each contender")
     options = parser.parse_args(arguments)
     if options.threads < 1 or options.minutes <= 0:
         parser.error("--threads and --minutes must be positive")
@@ -54,15 +55,15 @@ def run(arguments: Sequence[str]) -> int:
             if number <= len(chosen):
                 mine, peer = report.ours(results), report.best_peer(results)
                 quotient = report.ratio(peer, mine)
-                told = f"{quotient:.2f}x the speed of {peer.contender}" if peer and quotient else "no peer to compare"
-                print(f"[{number}/{len(chosen)}] {results[0].case.kind} {results[0].case.label}: {told}", flush=True)
+                text = f"{quotient:.2f}x the speed of {peer.contender}" if peer and quotient else "no peer to compare"
+                print(f"[{number}/{len(chosen)}] {results[0].case.kind} {results[0].case.label}: {text}", flush=True)
     except WrongIndex as error:
         print(f"vqkernels bench: {error}", file=sys.stderr)
         return 1
-    told = report.text(results, facts)
-    print(f"\n{told}")
+    text = report.text(results, facts)
+    print(f"\n{text}")
     if options.out is not None:
-        _write(options.out, told, results, facts)
+        _write(options.out, text, results, facts)
     if options.readme is not None:
         before, _, rest = options.readme.read_text().partition(_MARKS[0])
         after = rest.partition(_MARKS[1])[2]
@@ -72,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _measure_model(spec: str, threads: int, seconds: float, quick: bool) -> int:
-    """Predict, then measure; returns 2, after one sentence, where the model cannot be measured."""
+    """Predict, then measure; returns 2 after a message if the model cannot be measured."""
     least, most = (2, 2) if quick else (5, 25)
     try:
         pair = model.Pair(subject.load(spec))
@@ -93,7 +94,7 @@ def _has_marks(path: Path) -> bool:
 
 
 def _limit_threads(threads: int) -> None:
-    """Equal threads for everyone: torch's own, and the OpenMP and BLAS pools of the others where they can be told."""
+    """Equal threads for all: those of torch, and the OpenMP and BLAS pools of the others where these can be set."""
     torch.set_num_threads(threads)
     try:
         import sklearn.metrics  # noqa: F401  loads the pools that are limited below
@@ -110,9 +111,9 @@ def _model(codebook_size: int) -> torch.nn.Module:
     return VQVAE(3, hidden_channels=cases.HIDDEN, code_dim=cases.CODE_DIM, codebook_size=codebook_size)
 
 
-def _write(folder: Path, told: str, results: list[report.Result], facts: dict[str, str]) -> None:
+def _write(folder: Path, text: str, results: list[report.Result], facts: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{_CPU}.md").write_text(told)
+    (folder / f"{_CPU}.md").write_text(text)
     report.write_csv(folder / f"{_CPU}.csv", results, facts)
     written = ["md", "csv"]
     try:

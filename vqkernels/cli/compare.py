@@ -1,4 +1,4 @@
-"""`vqkernels compare`: VQ-VAE and VAE side by side on one data set, and a report."""
+"""`vqkernels compare`: trains VQ-VAEs and a VAE on one data set and writes a report."""
 
 import dataclasses
 import shlex
@@ -26,21 +26,22 @@ from vqkernels.training.report import write_html, write_markdown
 class CompareArguments:
     """Train a VQ-VAE (codebook by gradient), a VQ-VAE (moving averages) and a VAE at equal budget, and write a report.
 
-    Numbers that are left out suit the size of the images: minutes on two cores. An interrupted comparison is continued
-    by the same command.
+    Options that are left out are chosen by the size of the images, for minutes on two cores. After an interruption the
+    same command continues.
     """
 
     data: str
-    """'digits', or any other source of 'vqkernels train'."""
+    """The images: 'digits', or any other source of 'vqkernels train'."""
     out: Path
     """A folder for the report, the results and the runs."""
     color: Literal["auto", "grey", "rgb", "rgba"] = "auto"
-    """auto: grey if every image is, else rgb."""
+    """auto: grey if every image is grey, else rgb."""
     held_out: float = 0.2
-    """Fraction of the images kept from training, where the data brings no test split of its own."""
+    """Fraction of the images held out, if the data has no test split."""
     seed: int = 0
+    """Seed of weights, batches and held-out images."""
     train_images: int | None = None
-    """The most training images, spread evenly over the source."""
+    """At most so many training images, spread evenly over the source."""
     steps: int | None = None
     """Training steps of every contender."""
     prior_steps: int | None = None
@@ -52,9 +53,11 @@ class CompareArguments:
     hidden_channels: int | None = None
     """Width of every encoder and decoder."""
     codebook_size: int | None = None
+    """Number of codes."""
     evaluated: int | None = None
-    """Held-out images that are measured."""
+    """Number of held-out images that are measured."""
     device: str = "auto"
+    """auto: cuda if there is a GPU, else cpu."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -85,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def chosen(parsed: CompareArguments, shape: tuple[int, int, int]) -> ComparisonSettings:
-    """The settings that suit the images, and what was asked for in place of theirs."""
+    """The settings for images of `shape` (C, H, W), with the user's options in their place."""
     settings = settings_for(parsed.data, shape, seed=parsed.seed, held_out=parsed.held_out, device=parsed.device)
     run, collapse = settings.run, settings.collapse
     vqvae = dataclasses.replace(
@@ -121,12 +124,12 @@ def _given(asked: int | None, otherwise: int) -> int:
 
 
 def _command(arguments: Sequence[str], parsed: CompareArguments) -> str:
-    """The command, without the folders of this machine."""
+    """The command for the report, without the folders of this machine."""
     return shlex.join(["vqkernels", "compare", *(_without_folders(x, parsed) for x in arguments)])
 
 
 def _without_folders(argument: str, parsed: CompareArguments) -> str:
-    """An argument, or with --option=VALUE its value, without the folders that it lies in."""
+    """An argument without its folders; of --option=VALUE the value."""
     option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
     if value == parsed.data:
         value = data_name(value)

@@ -1,4 +1,4 @@
-"""`vqkernels decode`: the images of encoded codes, as one .npy file or a folder of PNGs."""
+"""`vqkernels decode`: turns codes into images, as one .npy file or a folder of PNGs."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -23,15 +23,16 @@ from vqkernels.training.tokenization import decode_shards
 
 @dataclass(frozen=True)
 class DecodeArguments:
-    """Decode what 'vqkernels encode' wrote."""
+    """Turn the codes of 'vqkernels encode' into images."""
 
     run: Path
-    """The run directory that the codes come from."""
+    """The run directory of the model that made the codes."""
     codes: Path
-    """The directory of codes."""
+    """The directory that 'vqkernels encode' wrote."""
     out: Path
-    """A .npy file (N, H, W, C) of bytes, or a new folder for PNGs, with one sub-folder per class."""
+    """A .npy file, bytes (N, H, W, C); or a new folder for PNGs, with one sub-folder per class."""
     device: str = "auto"
+    """auto: cuda if there is a GPU, else cpu."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -45,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     if codes.index.model != fingerprint(vqvae):
         raise UserError(f"the codes in {parsed.codes} are of another model: that of the run '{codes.index.run}'")
     if vqvae.latent_size(codes.index.shape[1:]) != codes.index.codes or codes.index.shape[0] != export.images.channels:
-        raise UserError(f"{parsed.codes / 'index.json'} does not fit the model: its images do not have such codes")
+        raise UserError(f"{parsed.codes / 'index.json'} does not fit the model: images of its shape have other codes")
     missing = codes.missing()
     if missing:
         raise UserError(
@@ -87,7 +88,7 @@ def _to_folder(vqvae: VQVAE, codes: CodesDirectory, out: Path, device: torch.dev
 
 
 def _plain(name: str) -> str:
-    """A class name as that of one folder, whatever it holds: an index may come from a stranger."""
+    """A class name as the name of one folder. An index may come from a stranger, with any characters in its names."""
     plain = re.sub(r"[/\\\0]", "_", name)
     return plain if plain not in ("", ".", "..") else "_"
 

@@ -1,4 +1,4 @@
-"""`vqkernels demo`: everything on scanned digits, measured, in a few minutes on one core."""
+"""`vqkernels demo`: trains, draws and measures on scanned digits, in a few minutes on one core."""
 
 import shlex
 import time
@@ -25,14 +25,15 @@ class DemoArguments:
     """Train a VQ-VAE and its prior on scanned digits, draw digits, and measure both."""
 
     out: Path = Path("runs/demo")
-    """The run directory; a demo that was interrupted there is continued."""
+    """The run directory. The same command continues an interrupted demo."""
     seed: int = 0
+    """Seed of weights, batches, held-out images and samples."""
     amp: Literal["auto", "off", "bfloat16"] = "auto"
-    """bfloat16 in the VQ-VAE (the prior is too narrow to gain); auto: where the CPU has AMX, which multiplies it."""
+    """bfloat16: mixed precision in the VQ-VAE (the prior is too narrow to gain). auto: bfloat16 if the CPU has AMX."""
 
 
 def demo_config(seed: int = 0, amp: Literal["off", "bfloat16"] = "off") -> RunConfig:
-    """8x8 images, 4x4 codes out of 64; a fifth of the digits is held out."""
+    """The settings of the demo: 8x8 images, 4x4 codes out of 64; a fifth of the digits is held out."""
     return RunConfig(
         data="digits",
         held_out=0.2,
@@ -65,7 +66,7 @@ def demo_config(seed: int = 0, amp: Literal["off", "bfloat16"] = "off") -> RunCo
 
 
 def chosen_precision(amp: Literal["auto", "off", "bfloat16"]) -> Literal["off", "bfloat16"]:
-    """What auto stands for on this machine: bfloat16 where the CPU has instructions for products of its matrices."""
+    """The precision that `amp` means on this machine. auto: bfloat16 if the CPU has instructions for it (AMX)."""
     if amp != "auto":
         return amp
     capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 and newer
@@ -76,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     """Train, measure and print; returns 1 if interrupted."""
     parsed = tyro.cli(DemoArguments, prog="vqkernels demo", args=list(arguments))
     start = time.monotonic()
-    torch.set_num_threads(1)  # models this small gain nothing from a second one, and lose much on a busy machine
+    torch.set_num_threads(1)  # such small models gain nothing from a second thread, and lose much on a busy machine
     amp = chosen_precision(parsed.amp)
     print(f"the VQ-VAE trains in {'float32' if amp == 'off' else 'bfloat16 with weights of float32'}")
     config = demo_config(parsed.seed, amp)

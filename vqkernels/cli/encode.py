@@ -1,4 +1,4 @@
-"""`vqkernels encode`: any source of images becomes shards of codes; killed, it goes on; under torchrun it is shared."""
+"""`vqkernels encode`: turns images into shards of codes. It can be resumed, and shared among processes by torchrun."""
 
 import os
 import sys
@@ -21,21 +21,25 @@ from vqkernels.training.tokenization import encode_shards
 
 @dataclass(frozen=True)
 class EncodeArguments:
-    """Encode images into codes. Run it again to continue; under 'torchrun ... -m vqkernels -- encode' it is shared."""
+    """Encode images into codes. The same command continues after an interruption.
+
+    'torchrun --nproc-per-node=N -m vqkernels -- encode ...' shares the work among N processes.
+    """
 
     run: Path
     """The run directory of a trained VQ-VAE."""
     data: str
-    """The images: whatever 'vqkernels train' takes; their size may differ from that in training."""
+    """The images: any source of 'vqkernels train'. Their size may differ from that in training."""
     out: Path
-    """The directory of codes, new or begun; see its index.json."""
+    """The directory of codes: new, or one that this command began. Its index.json describes it."""
     split: Literal["all", "train", "test"] = "all"
-    """all: the training images, then those of the test split, if the source brings one."""
+    """all: the training images, then those of the test split, if the source has one."""
     shard_images: int = 4096
-    """Images in a file; memory holds about two files."""
+    """Images per file. About two files are in memory."""
     container: Container = "npy"
-    """npy, or parquet, which needs pyarrow."""
+    """Format of a file; parquet needs pyarrow."""
     device: str = "auto"
+    """auto: cuda if there is a GPU, else cpu."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,7 +53,9 @@ def run(arguments: Sequence[str]) -> int:
     splits = open_source(parsed.data, color=color)  # type: ignore[arg-type]
     source = _chosen(splits, parsed.split, parsed.data)
     if -(-len(source) // parsed.shard_images) > MAX_SHARDS:
-        raise UserError(f"--shard-images must be so large that {MAX_SHARDS} shards do, but is {parsed.shard_images}")
+        raise UserError(
+            f"{len(source)} images need more than {MAX_SHARDS} shards of {parsed.shard_images}: raise --shard-images"
+        )
     directory = CodesDirectory(
         parsed.out,
         CodesIndex(
@@ -77,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     left = sum(end - first for first, end in map(index.bounds, {*directory.missing(), *damaged}))
     device = next(vqvae.parameters()).device
     with tqdm(total=left, desc="encoding", unit="image", leave=False, disable=None if rank == 0 else True) as bar:
-        # The other ranks are about as far.
+        # The other ranks are about as far, so the bar counts their images too.
         count = encode_shards(
             vqvae, source, directory, device, rank=rank, ranks=ranks, encoded=lambda n: bar.update(n * ranks)
         )
@@ -87,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _device(name: str) -> torch.device:
-    """With several processes on a machine, each has a GPU of its own."""
+    """Several processes on one machine use one GPU each."""
     device = pick_device(name)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

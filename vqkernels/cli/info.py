@@ -1,4 +1,4 @@
-"""`vqkernels info`: version, machine and backends. Needs torch alone."""
+"""`vqkernels info`: prints version, machine and backends. Needs torch alone."""
 
 import argparse
 import platform
@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from vqkernels.backends import registry
 from vqkernels.version import __version__
 
+_DESCRIPTION = """
+Show the version, the machine, which backends work, and which one backend='auto' takes on a CPU and on each GPU. A bug
+report needs this output.
+"""
+
 
 def run(arguments: Sequence[str]) -> int:
-    """Print what there is."""
-    parser = argparse.ArgumentParser(prog="vqkernels info", description="Show version, machine and backends.")
+    """Print one fact per line; returns 0."""
+    parser = argparse.ArgumentParser(prog="vqkernels info", description=_DESCRIPTION)
     parser.parse_args(arguments)
     lines = [
         ("vqkernels", __version__),

@@ -1,6 +1,6 @@
-"""`vqkernels COMMAND ...`: finds the command and turns mistakes into one sentence.
+"""`vqkernels COMMAND ...`: runs a command and prints a user's mistake as one message.
 
-A command is imported only when it is asked for, so that `info` runs with nothing but torch installed.
+A command is imported only when it runs, so `info` works with torch alone.
 """
 
 import importlib
@@ -13,13 +13,13 @@ COMMANDS = {
     "sample": "draw images from a trained prior",
     "encode": "turn images into codes on disk, with a trained VQ-VAE",
     "decode": "turn codes back into images",
-    "compare": "train VQ-VAE and VAE side by side, and write a report",
-    "demo": "train on scanned digits and measure the result, in a few minutes",
-    "info": "show version, machine and backends",
-    "verify": "prove the kernels on this machine's GPU, so that they are used",
-    "bench": "measure speed, memory and error beside every peer",
-    "swap": "swap the quantizers of your model, compare and measure",
-    "attack": "search for a wrong index in every backend",
+    "compare": "train VQ-VAEs and a VAE on the same data, and write a report",
+    "demo": "train on scanned digits and measure the result, in a few minutes; start here",
+    "info": "show version, machine, and which backends work",
+    "verify": "test the kernels on this machine's GPU; backend='auto' uses them after that",
+    "bench": "measure speed, memory and errors beside other libraries, or of your model",
+    "swap": "show what swapping the quantizers of your model changes and gains",
+    "attack": "search for a wrong index in every backend, with hostile inputs",
 }
 CORE = frozenset({"info", "verify", "attack", "bench", "swap"})  # commands that need torch alone
 EXTRA = frozenset(
@@ -42,7 +42,8 @@ EXTRA = frozenset(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0: done; 1: it was interrupted, a training diverged, or the disk is full; 2: a mistake in what was asked.
+    0: done. 1: the command was interrupted or failed: a training diverged, the disk is full, an index is wrong.
+    2: a mistake in the arguments or the data.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["-h"], ["--help"]):
@@ -91,4 +92,6 @@ def _run(name: str, command: Any, arguments: list[str]) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:<8} {description}" for name, description in COMMANDS.items()]
-    return "\n".join(["usage: vqkernels COMMAND ...", "", *lines, "", "'vqkernels COMMAND --help' shows its options."])
+    return "\n".join(
+        ["usage: vqkernels COMMAND ... | --version", "", *lines, "", "'vqkernels COMMAND --help' shows its options."]
+    )

@@ -1,4 +1,4 @@
-"""`vqkernels sample`: images from the prior of a run, or completions of one, as a PNG or an .npz file."""
+"""`vqkernels sample`: draws images from the prior of a run, or completes an image, into a PNG or an .npz file."""
 
 import math
 from collections.abc import Sequence
@@ -22,30 +22,32 @@ from vqkernels.training.stages import decode, draw_codes
 
 @dataclass(frozen=True)
 class SampleArguments:
-    """Draw images from a trained prior."""
+    """Draw images from a trained prior, or complete an image."""
 
     run: Path
-    """The run directory."""
+    """The run directory of 'vqkernels train'."""
     out: Path
-    """The file to write: a .png with a grid, or an .npz with images (N, H, W, C), codes (N, h, w) and labels (N,)."""
+    """The file to write: a .png with a grid; or an .npz with images (N, H, W, C), codes (N, h, w) and labels (N,)."""
     labels: tuple[str, ...] = field(default=())
-    """Names of the classes to draw, one row each; all classes when left out."""
+    """Names of the classes to draw, one row of the grid each. Default: all classes."""
     count: int = 8
-    """Images per class; for a prior without classes, images in all."""
+    """Images per class; without classes, images in all."""
     complete: Path | None = None
-    """An image whose upper part is kept, and whose lower part is drawn; it comes first in every row of the grid."""
+    """Keep the upper part of this image and draw the rest. The image comes first in every row of the grid."""
     rows: float = 0.5
-    """With --complete: the fraction of the rows of codes that is kept."""
+    """With --complete: the fraction of the rows of codes to keep."""
     temperature: float = 1.0
-    """The logits are divided by it: below 1 safer, above 1 wilder."""
+    """The logits are divided by it. Below 1 samples are more likely, above 1 more varied."""
     top_k: int | None = None
-    """Draw among the k most likely codes only."""
+    """Draw among the k most likely codes alone."""
     top_p: float | None = None
-    """Draw among the fewest most likely codes whose probability reaches p."""
+    """Draw among the most likely codes alone, as few as have probability p together."""
     guidance: float = 1.0
-    """Above 1 goes further towards the label; needs a prior trained with label_dropout."""
+    """Above 1 samples follow the label more strongly. The prior must be trained with --prior.label-dropout above 0."""
     seed: int = 0
+    """Seed of the draws."""
     device: str = "auto"
+    """auto: cuda if there is a GPU, else cpu."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -107,7 +109,7 @@ def _complete(
 
 
 def _grid(images: Tensor, columns: int, original: Tensor | None) -> Tensor:
-    """The grid of images, every row behind the original if there is one."""
+    """The grid of images. If there is an original, it begins every row."""
     if original is None:
         return image_grid(images, columns)
     parts = [part for row in images.split(columns) for part in (original, row)]

@@ -1,8 +1,8 @@
-"""`vqkernels swap`: what `swap_quantizers` would do to somebody's model, whether results stay, and what it gains.
+"""`vqkernels swap`: what `swap_quantizers` would do to a user's model, whether results stay, and what it gains.
 
-The model is built once and copied; the quantizers of the copy are swapped. Both get the same inputs and random numbers:
-their outputs, losses and gradients are compared, then whole steps of both are timed in turn. Peak memory of a step is
-measured in a process of its own.
+The model is built once and copied, and the quantizers of the copy are swapped. Both get the same inputs and random
+numbers. Their outputs, losses and gradients are compared, then whole steps of both are timed in turn. Peak memory of a
+step is measured in a separate process.
 """
 
 import argparse
@@ -18,39 +18,39 @@ from vqkernels.bench.swapped import Pair
 from vqkernels.bench.timing import Timing
 
 _DESCRIPTION = """
-Builds your model, swaps the quantizers of a copy, and reports what is swapped, whether the results stay the same, and
-how much faster a step is, and what memory it takes. Your files stay as they are: the swap is one line of your code,
+Build your model, swap the quantizers of a copy, and report: what is swapped, how near the results stay, how much faster
+a step is, and how much memory it needs. Your files do not change. To swap for good, add one line to your code:
   vqkernels.swap_quantizers(model)
 """
 _HELP = """
-PACKAGE.MODULE:FACTORY is imported from here or from what is installed. FACTORY() returns the model, or (model, inputs),
-or (model, inputs, loss):
-  inputs  a tensor, or a tuple of the arguments of one forward pass; where missing, model.example_inputs() gives them
-  loss    a function from what the model returns to a 0-d tensor; where missing, model.example_loss(output), and where
-          that is missing too, the sum of the mean squares of all floating tensors that the model returns
-A step is forward, loss, backward and Adam; of a model that returns nothing with a gradient, forward in eval mode.
+PACKAGE.MODULE:FACTORY is imported from the current folder or from installed packages. FACTORY() returns the model, or
+(model, inputs), or (model, inputs, loss):
+  inputs  a tensor, or a tuple of the arguments of one forward pass; default: model.example_inputs()
+  loss    a function from the model's output to a 0-d tensor; default: model.example_loss(output), and without that
+          the sum of the mean squares of all floating tensors in the output
+A step is forward, loss, backward and Adam. If no output has a gradient, it is forward in eval mode.
 """
 
 
 def verdict(gain: float) -> str:
-    """Whether the swap is worth it, in one sentence."""
+    """A line that says whether the swap is worth it."""
     if gain >= WORTH_IT:
         return f"worth it: a step is {gain:.2f}x as fast after the swap"
-    return f"not worth it: a step is {gain:.2f}x as fast, and below {WORTH_IT:.2f}x we would not change a model"
+    return f"not worth it: a step is {gain:.2f}x as fast after the swap; we recommend it from {WORTH_IT:.2f}x on"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Report; returns 2, after one sentence, where there is nothing to measure."""
+    """Report; returns 2 after a message if there is nothing to measure."""
     parser = argparse.ArgumentParser(
         prog="vqkernels swap",
         description=_DESCRIPTION,
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="PACKAGE.MODULE:FACTORY", help="see below")
-    parser.add_argument("--quick", action="store_true", help="two rounds: whether it runs, not how fast")
-    parser.add_argument("--seconds", type=float, default=30.0, help="to spend on timing, about")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("model", metavar="PACKAGE.MODULE:FACTORY", help="a function that makes your model; see below")
+    parser.add_argument("--quick", action="store_true", help="two rounds: shows only that it runs")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time for the measurement, about (default: 30)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     options = parser.parse_args(arguments)
     if options.threads < 1 or options.seconds <= 0:
         parser.error("--threads and --seconds must be positive")
@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _memory(peaks: swapped_memory.Peaks | None, kind: str) -> str:
     if peaks is None:
-        return "not measured: it takes Linux, and a model that is made again in another process"
+        return "not measured: it needs Linux, and a model that can be made again in another process"
     whole, alone = (f"{before:.0f} MB before, {after:.0f} MB after" for before, after in (peaks.step, peaks.quantizers))
     return f"{whole}: peak of a {kind} above the model; quantizers alone {alone}"
 

@@ -1,4 +1,4 @@
-"""`vqkernels train`: the VQ-VAE, then the prior, in a run directory."""
+"""`vqkernels train`: trains the VQ-VAE, then the prior, into a run directory."""
 
 import argparse
 import dataclasses
@@ -25,14 +25,14 @@ from vqkernels.training.loop import Trained, train
 class TrainArguments:
     """Train a VQ-VAE, then a prior on its codes: a PixelCNN or a transformer.
 
-    Options given here go before those of --config, or of the resumed run.
+    An option given here replaces that of --config or of the resumed run.
     """
 
     out: Path
-    """The run directory: new, or with --resume that of the run."""
+    """The run directory: a new one, or with --resume that of the run."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     stage: Literal["vqvae", "prior", "all"] = "all"
-    """What to train; the prior alone needs a finished VQ-VAE and --resume."""
+    """What to train. 'prior' needs a finished VQ-VAE in --out, and --resume."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint."""
     config: Path | None = None
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 def train_interruptibly(
     config: RunConfig, out: Path, *, stage: Literal["vqvae", "prior", "all"] = "all", resume: bool = False
 ) -> Trained:
-    """`loop.train` with a progress bar; Ctrl-C and SIGTERM write a checkpoint and end it."""
+    """`loop.train` with a progress bar. Ctrl-C and SIGTERM write a checkpoint and end it."""
     with stop_signals() as stopped:
         trained = train(config, out, stage=stage, resume=resume, progress=True, should_stop=stopped)
     if not trained.finished and int(os.environ.get("RANK", 0)) == 0:
@@ -71,7 +71,7 @@ def train_interruptibly(
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM has come; while this is asked they end nothing by themselves."""
+    """Gives a function that says whether Ctrl-C or SIGTERM has come. Within this context they end nothing else."""
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -86,14 +86,16 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 def _base(arguments: Sequence[str]) -> RunConfig:
-    """The configuration that the other options change: of --config, of the resumed run, or the defaults."""
+    """The configuration before the other options: that of --config, of the resumed run, or the defaults."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--config", type=Path)
     peek.add_argument("--out", type=Path)
     peek.add_argument("--resume", action="store_true")
     known, _ = peek.parse_known_args(arguments)
     if known.config is not None and known.resume:
-        raise UserError("--config and --resume exclude each other: a resumed run has its configuration")
+        raise UserError(
+            "--config and --resume exclude each other: a resumed run has a configuration; leave --config out"
+        )
     if known.config is not None:
         return read_config(known.config, data=tyro.MISSING)
     if known.resume and known.out is not None:

@@ -1,7 +1,8 @@
-"""`vqkernels verify`: proves the kernels on this machine against the contract. Needs torch alone.
+"""`vqkernels verify`: tests the kernels on this machine against the contract. Needs torch alone.
 
-Without options it proves the Triton kernels on every kind of GPU that is visible and, if nothing failed, notes it in
-the user's cache, after which `backend="auto"` takes them. `--backend cuda` does the same for the CUDA C++ kernels.
+Without options it tests the Triton kernels on every kind of visible GPU. If nothing failed, it records that in the
+user's cache, and `backend="auto"` takes the kernels from then on. `--backend cuda` does the same for the CUDA C++
+kernels.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def _prove(backend: str, device: torch.device) -> bool:
     one = None if device.type != "cuda" else next(x for x in gpu.visible() if x.number == device.index)
     print(f"backend {backend} on {one or device}", flush=True)
     failed, start = False, time.perf_counter()
-    # the claims share no kernels, and compiling them one after another would take minutes
+    # the claims share no kernels, and compiling one after another would take minutes
     workers = min(8, os.cpu_count() or 1) if backend == "triton" else 1
     for outcome in verify(backend, device, workers=workers):
         verdict = f"{len(outcome.failures)} FAILED" if outcome.failures else "proved"

@@ -1,1 +1,1 @@
-"""Drop-in quantizers: one file per peer library, and `swap`, which puts them into a finished model."""
+"""Drop-in quantizers: one file or folder per peer library, and `swap`, which puts them into a finished model."""

@@ -1,8 +1,8 @@
-"""What a drop-in layer takes over from the peer's instance that it replaces, and gives back.
+"""Takes over the state of a peer's instance into a drop-in layer, and gives it back.
 
-Everything is shared, nothing is copied: Parameters, buffers and child modules are the same objects in both, so an
-optimizer goes on, hooks of child modules stay, and what is learned in one is learned in the other. Only what a caller
-*replaces* in one of them (`.to` replaces buffers) has to be handed over again.
+Everything is shared, nothing is copied. Parameters, buffers and child modules are the same objects in both. So an
+optimizer continues, hooks of child modules stay, and both learn together. Only objects that a caller *replaces* in one
+of them (`.to` replaces buffers) must be shared again.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,10 @@ _CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward
 
 
 def share(source: nn.Module, target: nn.Module, *, apart: frozenset[str] = frozenset()) -> None:
-    """Lets `target` hold what `source` holds: attributes, Parameters, buffers, child modules, training mode.
+    """Gives `target` the objects of `source`: attributes, Parameters, buffers, child modules, training mode.
 
     Args:
-        apart: names of child modules that each of the two has for itself.
+        apart: names of child modules that are not shared.
     """
     share_attributes(source, target)
     for store in _STORES:
@@ -46,20 +46,20 @@ def share(source: nn.Module, target: nn.Module, *, apart: frozenset[str] = froze
 
 
 def share_attributes(source: nn.Module, target: nn.Module) -> None:
-    """The attributes that are neither tensors nor modules, also those that a user has set."""
+    """Shares the attributes that are neither tensors nor modules, those set by a user included."""
     for name, value in source.__dict__.items():
         if name not in _OF_EVERY_MODULE:
             target.__dict__[name] = value
 
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """The same dictionaries in both, so that a handle given out before removes its hook from either."""
+    """Both get the same dictionaries of hooks. So an older handle removes its hook from both."""
     for hooks in _HOOKS:
         target.__dict__[hooks] = source.__dict__[hooks]
 
 
 def adopt_as(layer: type[Layer], peer: nn.Module, *, apart: frozenset[str] = frozenset()) -> Layer:
-    """A `layer` that shares the state of `peer`: nothing is drawn, allocated or initialised."""
+    """A new `layer` that shares the state of `peer`, without random numbers, allocation or initialisation."""
     ours = layer.__new__(layer)
     nn.Module.__init__(ours)
     share(peer, ours, apart=apart)
@@ -80,11 +80,11 @@ def check_unhooked(peer: nn.Module, *names: str) -> None:
 def check_tensors(
     peer: nn.Module, shapes: Mapping[str, tuple[int | None, ...]], attributes: tuple[str, ...] = ()
 ) -> None:
-    """Refuses a class that only has the name of the one that is meant: for peers that are no installed package.
+    """Refuses another class with the same name. It is for peers that are not an installed package.
 
     Args:
-        shapes: of Parameters and buffers, by name.
-        attributes: what else it must have.
+        shapes: shapes of Parameters and buffers, by name.
+        attributes: names of other attributes that it must have.
 
     Raises:
         ValueError: names what is missing or of another shape.

@@ -1,8 +1,8 @@
 """Drop-in quantizers for the Descript audio codec (Kumar et al. 2023) and for DAC in `transformers`.
 
 Rows are projected to few channels, compared with the codes by direction (Yu et al. 2021, "Vector-quantized Image
-Modeling with Improved VQGAN"), and looked up unscaled. The search compares directions itself: neither scaled copies nor
-an N x K matrix are built. Ties go to the lowest index; a code of length 0 has the product 0 with everything.
+Modeling with Improved VQGAN"), and looked up unscaled. The search compares directions itself: it builds neither scaled
+copies nor an N x K matrix. Ties go to the lowest index. A code of length 0 has the product 0 with every row.
 """
 
 from collections.abc import Sequence
@@ -66,23 +66,22 @@ class VectorQuantize(_Factorized):
         quantized, indices, _, _ = vector_quantize(
             latents, self.codebook.weight.detach(), metric="cosine", channel_dim=1
         )
-        codes = self.decode_code(
-            indices.clone()
-        )  # the look-up saves its indices, and a caller may change those returned
+        # A clone, because the look-up saves its indices and a caller may change those returned.
+        codes = self.decode_code(indices.clone())
         commitment = (latents - codes.detach()).square().mean((1, 2))
         codebook = (codes - latents.detach()).square().mean((1, 2))
         return self.out_proj(quantized), commitment, codebook, indices, latents
 
 
 class ResidualVectorQuantize(nn.Module):
-    """`dac.nn.quantize.ResidualVectorQuantize`: each quantizer takes what the ones before left.
+    """`dac.nn.quantize.ResidualVectorQuantize`: each quantizer quantizes the residual of the ones before.
 
     Args:
         input_dim: channels of z.
         n_codebooks: Q.
         codebook_size: K.
         codebook_dim: channels of the codes, for all or for each.
-        quantizer_dropout: share of a training batch that keeps a random number of quantizers only.
+        quantizer_dropout: share of a training batch in which a random number of quantizers is used.
 
     State: `quantizers.{i}.*`.
     """
@@ -105,7 +104,7 @@ class ResidualVectorQuantize(nn.Module):
         """z (B, input_dim, T) -> `(quantized, codes (B, Q, T), latents (B, sum of dims, T), commitment, codebook)`.
 
         Args:
-            n_quantizers: how many, in eval; in training all are used but for dropout, as in the peer.
+            n_quantizers: how many to use in eval. In training all are used, except by dropout, as in the peer.
         """
         batch = len(z)
         kept = torch.full((batch,), self.n_codebooks + 1 if self.training else n_quantizers or self.n_codebooks)
@@ -139,7 +138,7 @@ class ResidualVectorQuantize(nn.Module):
         return torch.stack(parts).sum(0), torch.cat(latents, 1), codes
 
     def from_latents(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """latents (B, sum of dims, T) -> `(quantized, quantized latents, codes (B, Q, T))` of as many as fit."""
+        """latents (B, sum of dims, T) -> `(quantized, quantized latents, codes (B, Q, T))`, of the levels that fit."""
         total, found, codes, start = None, [], [], 0
         for quantizer in self._first(self.n_codebooks):
             end = start + quantizer.codebook_dim

@@ -1,7 +1,8 @@
-"""Drop-in quantizers for EnCodec (Défossez et al. 2022): Meta's `encodec`, which trains, and `transformers`, which not.
+"""Drop-in quantizers for EnCodec (Défossez et al. 2022): Meta's `encodec`, and `transformers`, which does not train.
 
-Search, look-up, commitment loss and the statistics of the moving averages are one pass over (B, D, T) as it lies; no
-distances and no one-hot matrix are built. The k-means of the first batch builds neither N x K nor N x K x D.
+Search, look-up, commitment loss and the statistics of the moving averages are one pass over (B, D, T) without a
+permuted copy. No distances and no one-hot matrix are built. The k-means of the first batch builds neither N x K nor
+N x K x D.
 """
 
 from typing import Any
@@ -30,15 +31,15 @@ class EuclideanCodebook(FromData):
     Args:
         dim: D.
         codebook_size: K.
-        kmeans_init: codes from the first rows seen, by k-means; otherwise uniform (Kaiming).
-        kmeans_iters: iterations of it at most.
+        kmeans_init: k-means on the first rows gives the codes; otherwise they are uniform (Kaiming).
+        kmeans_iters: at most so many iterations of k-means.
         decay, epsilon: of the averages, see `vqkernels.dropin.laplace`.
-        threshold_ema_dead_code: without effect, as in the peer: what it puts in the place of a dead code, the same step
-            overwrites.
+        threshold_ema_dead_code: without effect, as in the peer, where the same step overwrites what replaces a dead
+            code.
 
-    State, all float32 buffers, whatever the module is cast to: `inited (1,)`, `cluster_size (K,)`, `embed (K, D)`,
+    State, float32 buffers, also after a cast of the module: `inited (1,)`, `cluster_size (K,)`, `embed (K, D)`,
     `embed_avg (K, D)`. A batch without a usable row does not initialise. With a process group the statistics of all
-    ranks are summed, and rank 0 initialises; set `synchronise = False` on the codebook to leave the group out, as where
+    ranks are summed, and rank 0 initialises. Set `synchronise = False` on the codebook to use no group, for example if
     only some ranks have the layer.
     """
 
@@ -90,7 +91,7 @@ class EuclideanCodebook(FromData):
         return result.quantized.detach(), result.indices
 
     def learn(self, x: Tensor, channel_dim: int) -> Quantization:
-        """One pass over x; in training the averages and codes follow, after the codes were looked up."""
+        """One pass over x. In training the averages and codes are updated after the codes were looked up."""
         self._initialise(x, channel_dim)
         if not self.training:
             return quantize_with_statistics(x, self.embed, channel_dim=channel_dim, statistics=False)
@@ -133,11 +134,11 @@ class VectorQuantization(nn.Module):
     Args:
         dim: channels of x.
         codebook_size: K.
-        codebook_dim: channels of the codes; where it is not `dim`, linear maps lead there and back.
+        codebook_dim: channels of the codes. If it is not `dim`, linear maps project to it and back.
         decay, epsilon, kmeans_init, kmeans_iters, threshold_ema_dead_code: as in `EuclideanCodebook`.
         commitment_weight: of the loss.
 
-    State: `_codebook.*`, and `project_in`, `project_out` where there are projections.
+    State: `_codebook.*`, and with projections `project_in`, `project_out`.
     """
 
     commitment_weight: float
@@ -191,14 +192,14 @@ class VectorQuantization(nn.Module):
 
 
 class ResidualVectorQuantization(nn.Module):
-    """`encodec.quantization.core_vq.ResidualVectorQuantization`: each layer quantizes what the layers before left.
+    """`encodec.quantization.core_vq.ResidualVectorQuantization`: each layer quantizes the residual of the ones before.
 
-    The gradient passes every layer straight through, as in the peer, so that the commitment losses of all layers but
-    the first have no gradient to x (facebookresearch/encodec, issue 25).
+    The gradient passes every layer straight through, as in the peer. So only the commitment loss of the first layer
+    has a gradient to x (facebookresearch/encodec, issue 25).
 
     Args:
         num_quantizers: Q.
-        **kwargs: of every `VectorQuantization`.
+        **kwargs: arguments of every `VectorQuantization`.
 
     State: `layers.{i}.*`.
     """
@@ -238,7 +239,7 @@ class ResidualVectorQuantization(nn.Module):
 class EncodecEuclideanCodebook(TokenCodebook):
     """`transformers.models.encodec.modeling_encodec.EncodecEuclideanCodebook`.
 
-    State, buffers of the dtype that the model is cast to, as in the peer: `inited (1,)`, `cluster_size (K,)`,
+    State, buffers that follow a cast of the model, as in the peer: `inited (1,)`, `cluster_size (K,)`,
     `embed (K, D)`, `embed_avg (K, D)`.
     """
 

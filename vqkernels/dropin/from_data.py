@@ -1,4 +1,4 @@
-"""Codebooks that begin with the first batch: whether one has begun, and whether a batch can begin it."""
+"""Codebooks that k-means initialises from the first batch: is one initialised, and can this batch do it?"""
 
 import warnings
 from typing import Any
@@ -11,10 +11,10 @@ from ..nn.wide import WideBuffers
 
 
 class FromData(WideBuffers):
-    """A codebook of which a buffer says whether it is initialised. The buffer decides, however it was filled.
+    """A codebook with a buffer that says whether it is initialised. Anything may fill the buffer, and it decides.
 
-    The host remembers the buffer that it saw True, so that the device is not asked in every forward. It asks again when
-    the buffer is another one, when a state dict was loaded, and as long as the answer is False.
+    The host remembers the buffer once it was True, so that not every forward reads from the device. It reads again if
+    the buffer is another object, after a state dict was loaded, and as long as the buffer is False.
     """
 
     _flag: str  # the buffer's name; one element
@@ -26,14 +26,14 @@ class FromData(WideBuffers):
         if self._seen is flag:
             return True
         if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
-            return self._seen is not None  # an export has stand-ins for the buffers
+            return self._seen is not None  # in an export the buffers are other objects
         if _has_no_values(flag):
             return True
         self._look()
         return self._seen is flag
 
     def _look(self) -> None:
-        """Asks the buffer."""
+        """Reads the buffer."""
         flag = self._buffers[self._flag]
         assert flag is not None
         self._seen = flag if not _has_no_values(flag) and bool(flag) else None
@@ -55,7 +55,7 @@ def _has_no_values(x: Tensor) -> bool:
 
 
 def has_rows(distinct: Tensor, codebook_size: int) -> bool:
-    """Whether k-means had a row for every codebook, and so may begin it; warns where it had too few for all codes.
+    """Whether k-means had a row for every codebook, and so may initialise it; warns if it had too few for all codes.
 
     Args:
         distinct: of `vqkernels.kmeans`, `()` or `(H,)`.

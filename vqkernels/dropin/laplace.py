@@ -1,10 +1,10 @@
-"""Moving averages with Laplace smoothing, as the ports of Sonnet's quantizer do it (van den Oord et al. 2017, A.1).
+"""Moving averages with Laplace smoothing, as in the ports of Sonnet's quantizer (van den Oord et al. 2017, A.1).
 
 With counts c and sums s of the rows of each code in one step, decay g and n = sum_k N_k:
 
     N <- g N + (1 - g) c,    m <- g m + (1 - g) s,    e_k <- m_k / ((N_k + eps) / (n + K eps) n).
 
-All codes are rewritten in every step, those without rows too. Where no code has ever had a row (n = 0) they stay.
+Every step writes all codes, those without rows too. If no code has ever had a row (n = 0), codes do not change.
 """
 
 import torch
@@ -20,10 +20,10 @@ Averages = tuple[Tensor, Tensor, Tensor]  # embed (K, D), cluster_size (K,), emb
 def laplace_step_(
     averages: Averages, result: Quantization, seen: Pass, *, decay: float, eps: float, synchronise: bool
 ) -> None:
-    """One step of the averages from the statistics of a forward, unless the forward is computed again.
+    """One step of the averages from the statistics of a forward. A recomputed forward changes nothing.
 
     Args:
-        synchronise: sum the statistics over the ranks of the default process group, where there is one.
+        synchronise: sum the statistics over the ranks of the default process group, if there is one.
     """
     if seen.first is False:
         return

@@ -1,7 +1,7 @@
 """Drop-in quantizer for LlamaGen (Sun et al. 2024, "Autoregressive Model Beats Diffusion"): images, codes on a sphere.
 
-One fused pass for search, look-up and both losses; no distances are built. The entropy loss, which the peer computes
-even where its weight is 0, is not computed.
+One fused pass for search, look-up and both losses, without a matrix of distances. The entropy loss is not computed; the
+peer computes it even if its weight is 0.
 """
 
 from typing import Any
@@ -27,10 +27,10 @@ class VectorQuantizer(WideBuffers):
         beta: weight of the commitment loss.
         entropy_loss_ratio: must be 0, the peer's default.
         l2_norm: scale rows and codes to length one; losses and output are those of the scaled vectors.
-        show_usage: in training, return which fraction of the codes the last 65,536 rows used.
+        show_usage: in training, return the fraction of the codes that the last 65,536 rows used.
 
     State: `embedding.weight (K, C)`, a Parameter; with show_usage `codebook_used (65536,)`, a buffer that stays float32
-    when the layer is cast to a narrower type.
+    if the layer is cast to a narrower type.
 
     Raises:
         ValueError: entropy_loss_ratio is not 0.
@@ -83,7 +83,7 @@ class VectorQuantizer(WideBuffers):
 
     @torch.no_grad()
     def _usage(self, first: bool | Tensor, indices: Tensor) -> float:
-        """Remembers the codes of the newest rows, once; which fraction of all codes the window holds."""
+        """Adds the codes of these rows to the window, once per batch; returns the fraction of all codes in it."""
         remembered = self.codebook_used
         window = torch.cat([remembered, indices.to(remembered.dtype)])[-len(remembered) :]
 

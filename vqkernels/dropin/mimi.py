@@ -1,7 +1,7 @@
 """Drop-in quantizers for Mimi (Défossez et al. 2024, "Moshi") in `transformers`, and the names of Kyutai's checkpoints.
 
-Codes are sums over usages, as they are at every call; the search is exact and builds no N x K distances, so that a
-batch gets the codes of its rows alone.
+Codes are the present sums over the present usages, in every call. The search is exact and builds no N x K distances, so
+a batch gets the codes of its rows alone.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from .tokens import TokenCodebook, TokenLayer, adopt_layer, release_layer
 class MimiEuclideanCodebook(TokenCodebook):
     """`transformers.models.mimi.modeling_mimi.MimiEuclideanCodebook`.
 
-    State, buffers of the dtype that the model is cast to, as in the peer: `initialized (1,)`, `cluster_usage (K,)`,
+    State, buffers that follow a cast of the model, as in the peer: `initialized (1,)`, `cluster_usage (K,)`,
     `embed_sum (K, D)`.
     """
 
@@ -37,8 +37,8 @@ class MimiEuclideanCodebook(TokenCodebook):
     @property
     def embed(self) -> Tensor:  # type: ignore[override]
         """The codes, (K, D): `embed_sum / max(cluster_usage, epsilon)`."""
-        # Not kept: nothing says that a tensor's data changed (`x.data.copy_` does not count), and comparing them costs
-        # more than the quotient, which takes a third of the search's time for one row and less for more.
+        # Not cached: a tensor does not show that its data changed (after `x.data.copy_`), and a comparison costs more
+        # than the quotient, which takes a third of the search's time for one row and less for more.
         return self.embed_sum / self.cluster_usage.clamp(min=self.epsilon)[:, None]
 
     def decode(self, embed_ind: Tensor) -> Tensor:

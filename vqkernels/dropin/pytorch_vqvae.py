@@ -1,6 +1,6 @@
 """Drop-ins for ritheshkumar95's pytorch-vqvae: the functions `vq` and `vq_st`, and `VQEmbedding`.
 
-The search is fused and builds no N x K distances; the gradient of the codebook is a deterministic sum of segments.
+The search is fused and builds no N x K distances. The gradient of the codebook is a deterministic sum of segments.
 """
 
 import torch
@@ -16,14 +16,14 @@ from .adoption import adopt_as, check_tensors, check_unhooked, share
 
 
 def vq(inputs: Tensor, codebook: Tensor) -> Tensor:
-    """Rows (..., D) and codes (K, D) -> the nearest codes' numbers, int64 (...). No gradient flows."""
+    """Rows (..., D) and codes (K, D) -> the indices of the nearest codes, int64 (...). No gradient flows."""
     return nearest_code(inputs, codebook)
 
 
 def vq_st(inputs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (..., D) and codes (K, D) -> `(codes (..., D), their numbers (N,))`, N rows in all.
+    """Rows (..., D) and codes (K, D) -> `(codes (..., D), their indices (N,))`, N rows in all.
 
-    The gradient of the codes reaches the rows unchanged (straight through), and the codebook at the codes chosen.
+    The gradient of the codes reaches the rows unchanged (straight through), and the chosen codes of the codebook.
     """
     function = _StraightThrough.apply if is_differentiated(inputs, codebook) else _StraightThrough.forward
     return function(inputs, codebook)[:2]

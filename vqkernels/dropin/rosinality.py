@@ -1,7 +1,7 @@
 """Drop-in quantizer for rosinality's vq-vae-2-pytorch: `Quantize`, channels last, its codebook transposed.
 
-Search, look-up, loss and statistics are one pass; no distances and no one-hot matrix are built. As in the peer, codes
-that were never used move far away in the first steps, where their smoothed usage is nearly 0: checkpoints rest on it.
+Search, look-up, loss and statistics are one pass. No distances and no one-hot matrix are built. As in the peer, codes
+that were never used move far away in the first steps, where their smoothed usage is nearly 0: checkpoints depend on it.
 """
 
 import torch
@@ -23,9 +23,9 @@ class Quantize(WideBuffers):
         n_embed: K.
         decay, eps: of the averages, see `vqkernels.dropin.laplace`.
 
-    State, float32 buffers, whatever the module is cast to: `embed (D, K)`, `cluster_size (K,)`, `embed_avg (D, K)`.
-    With a process group the statistics of all ranks are summed; set `synchronise = False` on the layer to leave the
-    group out, as where only some ranks have it.
+    State, float32 buffers, also after a cast of the module: `embed (D, K)`, `cluster_size (K,)`, `embed_avg (D, K)`.
+    With a process group the statistics of all ranks are summed. Set `synchronise = False` on the layer to use no group,
+    for example if only some ranks have it.
     """
 
     synchronise = True
@@ -49,7 +49,7 @@ class Quantize(WideBuffers):
         """input (..., D) -> `(quantized (..., D), loss (), indices (...))`; the loss is the commitment, unweighted."""
         if self.training:
             self.widen_buffers()
-        # A copy: the search wants codes in rows, and the update below overwrites what the backward pass needs.
+        # A copy: the search needs codes in rows, and the update below overwrites what the backward pass needs.
         codes = self.embed.t().clone(memory_format=torch.contiguous_format)
         seen = enter(self.embed_avg, input, [codes], changes=False) if self.training else None
         codes = codes if seen is None else seen.state[0]

@@ -1,7 +1,8 @@
 """Checkpoints of Sonnet's `VectorQuantizer` and `VectorQuantizerEMA`, to and from `vqkernels.nn.VectorQuantizer`.
 
-Our layer is theirs in other names: the same losses (van den Oord et al. 2017), and the same unbiased moving averages,
-whose hidden values are kept here and divided by 1 - decay^t there. Sonnet keeps codes in columns, (D, K).
+Our layer is Sonnet's with other names: the same losses (van den Oord et al. 2017), and the same unbiased moving
+averages. Our buffers are Sonnet's hidden values; Sonnet also saves them divided by 1 - decay^t. Sonnet keeps codes in
+columns, (D, K).
 """
 
 from collections.abc import Mapping
@@ -23,13 +24,13 @@ def from_sonnet(
     """A layer with the state of a Sonnet quantizer.
 
     Args:
-        variables: arrays or tensors by the names that Sonnet gives them, without the module's own: `embeddings (D, K)`;
-            of a `VectorQuantizerEMA` also `ema_cluster_size/hidden (K,)`, `ema_dw/hidden (D, K)` and
-            `ema_cluster_size/counter ()`. Suffixes like `:0` and other names (`.../average`, `.../counter`) are passed
-            over.
+        variables: arrays or tensors by Sonnet's names, without the name of the module: `embeddings (D, K)`; of a
+            `VectorQuantizerEMA` also `ema_cluster_size/hidden (K,)`, `ema_dw/hidden (D, K)` and
+            `ema_cluster_size/counter ()`. Suffixes like `:0` and other names (`.../average`, `.../counter`) are
+            ignored.
         commitment_cost: of the module; our beta.
         decay: of a `VectorQuantizerEMA`; None for a `VectorQuantizer`.
-        channel_dim: of the layer; Sonnet's is the last.
+        channel_dim: of the layer; Sonnet's channels are last.
 
     Raises:
         ValueError: a variable is missing or of another shape, or `decay` does not fit the variables.
@@ -55,7 +56,7 @@ def to_sonnet(layer: VectorQuantizer) -> dict[str, Tensor]:
     """The variables of the Sonnet quantizer with the layer's state; float32, counters int64.
 
     Raises:
-        ValueError: the layer has heads, projections or another metric, which Sonnet's has not.
+        ValueError: the layer has heads, projections or another metric, which Sonnet's does not have.
     """
     for name, fits in (
         ("heads", layer.heads == 1),

@@ -1,8 +1,8 @@
-"""Every known quantizer of a finished model replaced in place, and put back: weights, optimizer and hooks stay.
+"""Replaces every known quantizer of a finished model in place, and puts it back. Weights, optimizer and hooks stay.
 
-A peer's class is recognised by its full name, so no peer is imported. The new layer holds the peer's own Parameters
-and buffers; nothing is copied or allocated. The replaced instance is kept by its replacement, so that a model can be
-restored at any time, also after it was trained, copied or pickled.
+A peer's class is recognised by its full name, so no peer is imported. The new layer has the Parameters and buffers of
+the peer's; nothing is copied or allocated. The new layer keeps the replaced instance. So a model can be restored at any
+time, also after it was trained, copied or pickled.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ _REPLACED = "_vqkernels_replaced"  # in the new layer's __dict__, where no walk 
 
 @dataclass(frozen=True)
 class Entry:
-    """One quantizer: its name in the model, its class before and now; without `new`, why it was left as it is."""
+    """One quantizer: its name in the model, its class before and now; if `new` is None, why it was left as it is."""
 
     name: str
     old: str
@@ -86,7 +86,7 @@ class Report(list[Entry]):
 
     @property
     def searchless(self) -> list[Entry]:
-        """Those that need no search, as FSQ, LFQ and BSQ: there is nothing to swap."""
+        """Those that need no search, like FSQ, LFQ and BSQ: there is nothing to swap."""
         return [entry for entry in self if entry.reason == _NOTHING_TO_SWAP]
 
     def __str__(self) -> str:
@@ -96,22 +96,22 @@ class Report(list[Entry]):
 def swap_quantizers(model: nn.Module, *, strict: bool = False) -> Report:
     """Replaces every known quantizer inside `model`, in place, by the layer of `vqkernels.dropin` that does the same.
 
-    Parameters and buffers stay the same objects, so optimizers, schedules and averaged copies go on; training mode,
+    Parameters and buffers stay the same objects, so optimizers, schedules and averaged copies continue. Training mode,
     dtype, device, hooks and the keys of the state dict stay. `docs/swap.md` lists what changes, peer by peer.
 
     Args:
-        model: any module that holds quantizers of the libraries that have a file in `vqkernels/dropin`. A quantizer
-            that is referenced in several places is replaced by one layer in all of them. References outside the
-            tree of modules (a list, a closure) still lead to the peer's instance.
-        strict: raise instead of leaving a quantizer as it is, and where there is none; the model is untouched then. A
+        model: any module that contains quantizers of the libraries in `vqkernels/dropin`. A quantizer that is
+            referenced in several places is replaced by one layer in all of them. References outside the tree of
+            modules (a list, a closure) still point to the peer's instance.
+        strict: raise if a quantizer would be left as it is, or if there is none; the model does not change then. A
             quantizer that needs no search counts as one, and is no reason to raise.
 
     Returns:
-        One entry per quantizer found. One that uses an option without a counterpart is left as it is, and its entry
-        names the option; the entry of one that rounds or takes signs (FSQ, LFQ, BSQ) says that it needs no search.
+        One entry per quantizer. A quantizer with an option that has no counterpart is left as it is, and its entry
+        names the option. The entry of one that rounds or takes signs (FSQ, LFQ, BSQ) says that it needs no search.
 
     Raises:
-        ValueError: `model` is itself a quantizer, which has no place where another could be put; or see `strict`.
+        ValueError: `model` is itself a quantizer, and so has no parent in which it could be replaced; or see `strict`.
         TypeError: `model` is not a module.
     """
     _check_root(model, ADAPTERS)
@@ -156,7 +156,7 @@ def restore_quantizers(model: nn.Module) -> Report:
         One entry per layer, from the drop-in class to the peer's.
 
     Raises:
-        ValueError: `model` is itself a layer that was swapped in: its place is in the model around it.
+        ValueError: `model` is itself a layer that was swapped in: pass the model around it.
         TypeError: `model` is not a module.
     """
     _check_root(model, {})
@@ -179,7 +179,7 @@ def _children(
 ) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Every place of a module below `module`, once each: full name, parent, key, module.
 
-    What lies inside a quantizer belongs to it and is not visited.
+    Modules inside a quantizer are not visited.
     """
     seen = set() if seen is None else seen
     if id(module) in seen:
@@ -195,7 +195,7 @@ def _children(
 
 
 def _adopt(peer: nn.Module, full_name: str, exact: bool) -> nn.Module | str:
-    """The layer that replaces `peer`, or why there is none."""
+    """The layer that replaces `peer`, or the reason why there is none."""
     if not exact:
         return f"a subclass of {full_name}, which may do other things"
     for name, what in (("forward", "its forward is replaced"), ("_compiled_call_impl", "its call is compiled")):
@@ -211,7 +211,7 @@ def _adopt(peer: nn.Module, full_name: str, exact: bool) -> nn.Module | str:
 
 
 def _leave_joined(peers: list[nn.Module], layers: dict[int, nn.Module | str]) -> None:
-    """Leaves quantizers that share a part which our layers would each have for itself: they would learn apart."""
+    """Leaves quantizers that share a part, if each of our layers would have its copy: the copies would differ."""
     held: dict[int, list[tuple[nn.Module, str]]] = {}
     for peer in peers:
         layer = layers[id(peer)]
@@ -226,7 +226,7 @@ def _leave_joined(peers: list[nn.Module], layers: dict[int, nn.Module | str]) ->
 
 
 def _known(module: nn.Module) -> tuple[str, bool] | None:
-    """The full name of the peer's class that a module is of, and whether exactly of it; None where it is of none."""
+    """The full name of the peer's class of a module, and False for a subclass of it; None if it has no such class."""
     for place, base in enumerate(type(module).__mro__):
         if _name(base) in ADAPTERS:
             return _name(base), place == 0

@@ -1,8 +1,8 @@
 """Drop-in quantizers for taming-transformers (CompVis): `VectorQuantizer` and `VectorQuantizer2`.
 
-Both put beta on the codebook loss as the peer does: always in the first, by default (legacy=True) in the second, on
-which every released VQGAN rests. No distance and no one-hot matrix is built; the first class, whose peer returns the
-one-hot matrix, returns it as a sparse tensor.
+Both have beta on the codebook loss as the peer does: always in the first, by default (legacy=True) in the second. Every
+released VQGAN depends on it. No matrix of distances and no one-hot matrix is built. The peer of the first class returns
+the one-hot matrix; ours returns it as a sparse tensor.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """z (B, C, H, W) -> `(quantized (B, C, H, W), loss (), (perplexity (), one_hot (N, K), indices (N, 1)))`.
 
-        N = B * H * W in the order of b, h, w. The one-hot matrix is a sparse tensor of N entries, at which
+        N = B * H * W in the order of b, h, w. The one-hot matrix is a sparse tensor of N entries; there
         `torch.compile` breaks the graph.
         """
         result = quantize_images(z, self.embedding.weight, statistics=True)
@@ -69,8 +69,8 @@ class VectorQuantizer2(RemappedQuantizer):
         n_e: K.
         e_dim: C, channels of z and of the codes.
         beta: weight of the codebook loss with legacy, of the commitment loss without; the other has weight 1.
-        remap: file of an array of the numbers of the codes in use, by whose places indices are given; or None.
-        unknown_index: what a code becomes that is not among them: "random", "extra" for one index more, or an int.
+        remap: file of an array with the codes in use; indices are places in this array. Or None.
+        unknown_index: the index of a code that is not in use: "random", "extra" for one more index, or an int.
         sane_index_shape: indices (B, H, W) instead of (B * H * W,).
         legacy: see beta.
 
@@ -95,7 +95,7 @@ class VectorQuantizer2(RemappedQuantizer):
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
     ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """As `RemappedQuantizer.quantize`. The other arguments are there for the peer's callers, at their defaults."""
+        """As `RemappedQuantizer.quantize`. The other arguments are the peer's, and must have their defaults."""
         if temp is not None and temp != 1.0:
             raise ValueError(f"temp must be None or 1.0: there are no logits, got {temp!r}")
         for name, value in (("rescale_logits", rescale_logits), ("return_logits", return_logits)):

@@ -1,7 +1,7 @@
-"""Codebooks that only encode and decode: what `transformers` has in Encodec and in Mimi.
+"""Codebooks that only encode and decode, like those of Encodec and Mimi in `transformers`.
 
-The search reads channels where they are, so (B, D, T) is not permuted; no N x K matrix of distances is built. Ties go
-to the lowest index, and the same rows get the same codes in a batch and alone.
+The search reads (B, D, T) without a permuted copy and builds no N x K matrix of distances. Ties go to the lowest index.
+A row gets the same code in a batch and alone.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _CODEBOOK = frozenset({"codebook"})
 
 
 class TokenCodebook(nn.Module):
-    """A codebook whose codes are `embed (K, D)`; a subclass says whence they come."""
+    """A codebook whose codes are `embed (K, D)`, which a subclass defines."""
 
     embed: Tensor
 
@@ -50,7 +50,7 @@ class TokenLayer(nn.Module):
 def adopt_layer(
     layer: type[TokenLayer], adopt_codebook: Callable[[nn.Module], TokenCodebook]
 ) -> Callable[[nn.Module], TokenLayer]:
-    """The function that adopts a peer's layer together with the codebook inside."""
+    """A function that takes over a peer's layer and the codebook inside."""
 
     def adopt(peer: nn.Module) -> TokenLayer:
         ours = adopt_as(layer, peer, apart=_CODEBOOK)
@@ -65,7 +65,7 @@ def adopt_layer(
 def release_layer(
     release_codebook: Callable[[nn.Module, nn.Module], None],
 ) -> Callable[[nn.Module, nn.Module], None]:
-    """The function that gives back what `adopt_layer` took."""
+    """A function that gives back what `adopt_layer` took over."""
 
     def release(ours: nn.Module, peer: nn.Module) -> None:
         share(ours, peer, apart=_CODEBOOK)

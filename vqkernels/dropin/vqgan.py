@@ -1,7 +1,7 @@
 """The quantizer of the VQGAN family (Esser et al. 2021, "Taming Transformers"): images, two losses, remapped indices.
 
-One fused pass searches, looks up and takes both losses; images are read as they lie, (B, C, H, W), without a permuted
-copy. Ties go to the lowest index. The output is exactly the code, where the peers give z + (code - z).
+One fused pass searches, looks up and computes both losses. It reads images (B, C, H, W) without a permuted copy. Ties
+go to the lowest index. The output is exactly the code; the peers give z + (code - z).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from ..ops.quantize import Quantization, quantize_with_statistics
 
 
 def quantize_images(z: Tensor, codes: Tensor, statistics: bool = False) -> Quantization:
-    """One pass over z (B, C, H, W); quantized, contiguous, and losses have the common dtype of z and codes."""
+    """One pass over z (B, C, H, W). The quantized images are contiguous; all have the common dtype of z and codes."""
     if z.dim() != 4:
         raise ValueError(f"z must be (B, C, H, W), got {list(z.shape)}")
     dtype = torch.promote_types(z.dtype, codes.dtype)
@@ -26,12 +26,12 @@ def quantize_images(z: Tensor, codes: Tensor, statistics: bool = False) -> Quant
 
 
 def code_images(codes: Tensor, shape: Any) -> Tensor:
-    """Codes (B * H * W, C) -> (B, C, H, W) for shape (B, H, W, C); as they are for shape None."""
+    """Codes (B * H * W, C) -> (B, C, H, W) for shape (B, H, W, C); unchanged for shape None."""
     return codes if shape is None else codes.view(tuple(shape)).permute(0, 3, 1, 2).contiguous()
 
 
 class RemappedQuantizer(nn.Module):
-    """Codes in `embedding`, and optionally indices renumbered to those of the codes in use.
+    """Codes in `embedding`; optionally indices are renumbered among the codes in use.
 
     State: `embedding.weight (K, D)`, a Parameter; with remap `used (R,)`, a buffer.
     """
@@ -90,7 +90,7 @@ class RemappedQuantizer(nn.Module):
         return result.quantized, loss, (None, None, indices)
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Numbers of codes -> their first places in `used`; a code that is not there becomes `unknown_index`."""
+        """Indices of codes -> their first places in `used`; a code that is not in it becomes `unknown_index`."""
         used = self.used.to(inds)
         places = torch.full((self.n_e,), len(used), dtype=inds.dtype, device=inds.device)
         places.scatter_reduce_(0, used, torch.arange(len(used), device=inds.device).to(inds), "amin")
@@ -103,7 +103,7 @@ class RemappedQuantizer(nn.Module):
         return torch.where(unknown, self.unknown_index, found)
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """Places in `used` -> numbers of codes; the extra index stands for the first of them."""
+        """Places in `used` -> indices of codes; the extra index means the first of them."""
         if self.re_embed > len(self.used):
             inds = torch.where(inds >= len(self.used), 0, inds)
         return self.used.to(inds)[inds]

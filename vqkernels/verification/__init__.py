@@ -1,1 +1,1 @@
-"""Proof on the user's own machine: hostile inputs, and a search for a wrong index that never stops believing in one."""
+"""Tests of the kernels on a user's machine: the contract suite, hostile inputs, and a search for a wrong index."""

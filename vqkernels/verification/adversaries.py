@@ -1,4 +1,4 @@
-"""Inputs on which a search that is nearly right goes wrong: each named, each yielding z (N, D) and codebook (K, D)."""
+"""Named inputs on which a nearly right search gives wrong indices. Each yields z (N, D) and codebook (K, D)."""
 
 from collections.abc import Callable
 
@@ -109,12 +109,11 @@ def non_finite_rows(n: int, k: int, d: int) -> Pair:
 
 
 def absorbed(n: int, k: int, d: int) -> Pair:
-    """Rounding errors that all fall the same way, and nearly as far as the bound allows.
+    """Rounding errors that all have the same sign and are nearly as large as the bound allows.
 
-    Each product a_d b_d is just under half an ulp of the running sum, so that every multiply-add rounds it away: the
-    float32 score of the first code is too high by nearly D u h, that of the second too low by as much, and
-    their order is the reverse of the true one. A third code, far away, puts the mean
-    at zero; there are no more, whatever k is.
+    Each product a_d b_d is just under half an ulp of the running sum, so every multiply-add rounds it away. The float32
+    score of the first code is too high by nearly D u h, that of the second too low by as much, and their order is the
+    reverse of the true one. A third code, far away, makes the mean zero. There are always three codes, for every k.
     """
     rest, unit = max(d - 1, 1), 2.0**-24
     z = torch.full((n, d), 0.1 / rest**0.5, dtype=torch.float64)

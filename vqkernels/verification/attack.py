@@ -1,4 +1,4 @@
-"""Tries to make a backend return a wrong index, and shrinks what it finds to the smallest case that still fails.
+"""Searches for an input with a wrong index, and reduces it to a minimal case that still fails.
 
 Each round draws a shape, a kind of data, dtypes, a metric, a layout and a mask, runs the backend, and compares every
 index with the contract in `vqkernels.reference`. A failure is reduced to one row, then to few codes and few channels.
@@ -66,12 +66,12 @@ def draw(rng: random.Random, device: str = "cpu") -> Case:
 
     d, k = size(rng.choice([8, 64, 300])), size(rng.choice([40, 1100, 5000]))
     n = size(min(5000, ORACLE_ELEMENTS // k))
-    if not device.startswith("cpu"):  # every D is compiled anew there, and rows cost nothing
+    if not device.startswith("cpu"):  # a GPU backend compiles for every new D, and rows are cheap there
         d, n = min(GPU_CHANNELS, key=lambda x: abs(math.log(x / d))), max(1, 16 * ORACLE_ELEMENTS // k)
     kind = rng.choice(list(ADVERSARIES))
     torch.manual_seed(rng.getrandbits(32))
     z, codebook = ADVERSARIES[kind](n, k, d)
-    if rng.random() < 0.2:  # a row of zeros and a copied code never hurt a correct search
+    if rng.random() < 0.2:  # a correct search handles a row of zeros and a copied code
         z[rng.randrange(n)] = 0
         codebook[rng.randrange(len(codebook))] = codebook[rng.randrange(len(codebook))]
     dtype = rng.choice(DTYPES) if rng.random() < 0.6 else torch.float32
@@ -83,7 +83,7 @@ def draw(rng: random.Random, device: str = "cpu") -> Case:
 
 
 def wrong_rows(case: Case, backend: str) -> Tensor:
-    """Rows whose index is not the contract's."""
+    """Rows whose index differs from the contract's."""
     z, channel_dim = (case.z.T.contiguous(), 0) if case.channels_first else (case.z, 1)
     found = nearest_code(z, case.codebook, mask=case.mask, metric=case.metric, channel_dim=channel_dim, backend=backend)
     expected = reference.nearest(case.z, case.codebook, mask=case.mask, metric=case.metric)
@@ -91,7 +91,7 @@ def wrong_rows(case: Case, backend: str) -> Tensor:
 
 
 def reduce(case: Case, backend: str) -> Failure:
-    """The smallest failing case that halving and dropping finds: one row, then codes, then channels."""
+    """A small failing case, found by halving and dropping: first one row, then codes, then channels."""
 
     def fails(z: Tensor, codebook: Tensor) -> bool:
         if not codebook.numel() or not z.shape[1]:
@@ -100,7 +100,7 @@ def reduce(case: Case, backend: str) -> Failure:
 
     z, codebook = case.z.clone(), case.codebook.clone()
     rows = [z[i : i + 1] for i in wrong_rows(case, backend).tolist()]
-    # A failure may need its neighbours (a tile, a tail); then all rows are kept.
+    # A failure may need other rows (a tile, a tail); then all rows are kept.
     z = next((row for row in rows if fails(row, codebook)), z)
     codebook = _drop(len(codebook), lambda keep: codebook[keep], lambda codes: fails(z, codes))
     channels = list(range(z.shape[1]))
@@ -108,7 +108,7 @@ def reduce(case: Case, backend: str) -> Failure:
     z, codebook = z[:, kept], codebook[:, kept]
     final = Case(case.kind, case.metric, z, codebook, None, False)
     bad = wrong_rows(final, backend)
-    if not len(bad):  # it fails only as drawn: in its layout, or with its mask
+    if not len(bad):  # it fails only with the drawn layout or mask
         z, codebook, bad = case.z, case.codebook, wrong_rows(case, backend)
     row = z[bad[0]]
     found = nearest_code(z, codebook, metric=case.metric, backend=backend)[bad[0]]
@@ -117,7 +117,7 @@ def reduce(case: Case, backend: str) -> Failure:
 
 
 def _drop(count: int, select: Callable[[list[int]], Tensor], fails: Callable[[Tensor], bool]) -> Tensor:
-    """Delta debugging: drops runs of items, halving the run's length, as long as the case still fails."""
+    """Delta debugging: drops runs of items, of ever smaller length, if the case still fails without them."""
     keep, run = list(range(count)), max(1, count // 2)
     while True:
         start, dropped = 0, False
@@ -133,7 +133,7 @@ def _drop(count: int, select: Callable[[list[int]], Tensor], fails: Callable[[Te
 
 
 class Progress(NamedTuple):
-    """Where an attack stands."""
+    """The counts of an attack so far, and its failure if there is one."""
 
     seconds: float
     cases: int
@@ -143,7 +143,7 @@ class Progress(NamedTuple):
 
 
 def attack(minutes: float, backends: list[str], *, seed: int = 0, device: str = "cpu") -> Iterator[Progress]:
-    """Yields after every case, until the time is over or an index is wrong; the last one carries the failure."""
+    """Yields after every case, until the time is over or an index is wrong. The last one then has the failure."""
     rng, start = random.Random(seed), time.monotonic()
     cases = rows = scores = 0
     while time.monotonic() - start < minutes * 60:

@@ -1,4 +1,4 @@
-"""Claims about the entropy loss: both entropies, and their gradients, against the reference in float64."""
+"""Claims about the entropy loss: both entropies and their gradients, compared with the reference in float64."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def values(place: Place) -> Iterator[Case]:
-    """Masked rows hold NaN: reading one shows in both entropies."""
+    """Masked rows hold NaN: if one is read, both entropies are NaN."""
     cases = [(name, torch.float32, 0) for name in NAMES]
     cases += [("gaussian", dtype, 0) for dtype in TYPES[1:]]
     cases += [("gaussian", torch.float32, which) for which in (1, 2, 3, 4)]
@@ -35,7 +35,7 @@ def values(place: Place) -> Iterator[Case]:
 
 
 def gradients(place: Place) -> Iterator[Case]:
-    """Against autograd through the reference in float64, on the stored values; each entropy alone too."""
+    """Compared with autograd through the reference in float64, on the stored values; each entropy alone too."""
     passes = [(torch.float64, 1e-9, alone) for alone in (None, 0, 1)] + [(torch.float32, 1e-3, None)]
     for dtype, tolerance, alone in passes:
         for metric in METRICS:
@@ -59,6 +59,6 @@ def gradients(place: Place) -> Iterator[Case]:
 
 
 def _problem(place: Place, name: str, dtype: torch.dtype, which: int) -> tuple[Tensor, Tensor, float]:
-    """Rows, codes, and a temperature at which several codes share most rows."""
+    """Rows, codes, and a temperature at which most rows have several probable codes."""
     z, codebook = (x.to(place.device, dtype) for x in ADVERSARIES[name](*place.sizes[which]))
     return z[:600], codebook[:400], float(z.shape[1])

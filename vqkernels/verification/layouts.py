@@ -1,4 +1,4 @@
-"""Layouts of z that a kernel must read where they lie: each yields z, its channel axis, a codebook and a mask."""
+"""Layouts of z that a kernel must read without a copy. Each yields z, its channel axis, a codebook and a mask."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def _layout(
     heads: int | None = None,
     view: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Callable[[bool, torch.device], Input]:
-    """Inputs of one layout; masked, a third of the rows hold NaN and are masked."""
+    """Inputs of one layout. With a mask, a third of the rows hold NaN and are masked."""
 
     def make(masked: bool, device: torch.device) -> Input:
         z = view(torch.randn(shape))

@@ -1,4 +1,4 @@
-"""What is verified, where, at which sizes, and when two tensors are close."""
+"""The backend, device and sizes of a verification, and when two tensors are close."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# (rows, codes, channels) by device. Rows and codes that no tile divides, one row, one code, channels below and between
-# powers of two, and more channels than one tile holds. The reference of these runs within seconds.
+# (rows, codes, channels) by device: rows and codes that no tile divides, one row, one code, channels below and between
+# powers of two, and more channels than one tile has. The reference needs seconds for these.
 REGIMES = ("common sizes", "three channels", "few rows", "one code", "257 channels")
 SIZES = {
     "cuda": ((2048, 1024, 64), (1001, 333, 3), (5, 4099, 64), (300, 1, 64), (500, 700, 257)),
@@ -16,23 +16,23 @@ SIZES = {
 
 
 class Place(NamedTuple):
-    """What is verified, and where."""
+    """The backend to verify, and the device."""
 
     backend: str
     device: torch.device
 
     @property
     def sizes(self) -> tuple[tuple[int, int, int], ...]:
-        """The first is the common one, which every dtype is tried at."""
+        """(rows, codes, channels). The first is the common size, at which every dtype is tested."""
         return SIZES["cuda" if self.device.type == "cuda" else "cpu"]
 
 
-Case = tuple[str, Callable[[], bool]]  # a name, and whether the backend does what the contract says
+Case = tuple[str, Callable[[], bool]]  # a name, and a function that says whether the backend fulfils the contract
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Within `tolerance` of the largest expected magnitude; NaN where and only where expected."""
-    expected = expected.to(found.dtype).double()  # what its type cannot hold is not asked for
+    """Within `tolerance` of the largest expected magnitude, and NaN exactly where expected."""
+    expected = expected.to(found.dtype).double()  # rounded to the type of `found`
     found = found.double()
     if not found.isnan().equal(expected.isnan()):
         return False

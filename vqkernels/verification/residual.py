@@ -15,7 +15,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def values(place: Place) -> Iterator[Case]:
-    """Adversaries in float32, some of them in every dtype, one with levels that are not passed."""
+    """All adversaries in float32, some in every dtype, and one with rows that stop at an earlier level."""
     few = ("gaussian", "clustered", "offset 1e4", "non-finite rows", "non-finite codes")
     cases = [(name, torch.float32, 0) for name in ADVERSARIES]
     cases += [(name, dtype, 0) for name in few for dtype in TYPES[1:]]
@@ -42,7 +42,7 @@ def values(place: Place) -> Iterator[Case]:
 
 
 def _stack(place: Place, name: str, dtype: torch.dtype, which: int) -> tuple[Tensor, Tensor]:
-    """Rows, and levels of which the later ones are the first one smaller and in another order."""
+    """Rows and levels. The later levels are the first one, scaled down and in another order."""
     z, codebook = (x.to(place.device, dtype) for x in ADVERSARIES[name](*place.sizes[which]))
     return z[:600], torch.stack([codebook[:400], 0.5 * codebook[:400].flip(0), 0.25 * codebook[:400]])
 
@@ -55,14 +55,14 @@ def _statistics(z: Tensor, codebooks: Tensor, indices: Tensor) -> tuple[Tensor, 
         parts.append(reference.statistics(rest, index, len(codes)))
         kept = (index >= 0)[:, None]
         step = torch.where(kept, rest.double() - codes[index.clamp_min(0)].double(), 0.0)
-        poison = torch.where(kept, rest.double() * 0.0, 0.0)  # NaN where a row is not finite, as the loss is
+        poison = torch.where(kept, rest.double() * 0.0, 0.0)  # NaN if a row is not finite, like the loss
         errors.append((step.square() + poison).sum() / max(1, int(kept.sum()) * z.shape[1]))
         rest = torch.where(kept, step.to(rest.dtype), rest)
     return torch.stack([c for c, _ in parts]), torch.stack([s for _, s in parts]), torch.stack(errors)
 
 
 def gradients(place: Place) -> Iterator[Case]:
-    """Against autograd through the reference in float64, on the stored values."""
+    """Compared with autograd through the reference in float64, on the stored values."""
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         for mode in ("straight_through", "rotation"):
 

@@ -1,8 +1,8 @@
-"""The contract suite: proves one backend on one device against `vqkernels.reference`, claim by claim.
+"""The contract suite: compares one backend on one device with `vqkernels.reference`, claim by claim.
 
-Fresh memory is poisoned throughout (NaN, INT_MAX), so that an element left unwritten is seen. Each number of channels
-and each dtype makes a GPU backend compile its kernels anew, so the products below are cut where they prove nothing new:
-every adversary with every metric at every size in float32, and with every dtype at one size.
+Fresh memory holds NaN or INT_MAX throughout, so that an unwritten element is noticed. A GPU backend compiles its
+kernels again for each number of channels and each dtype. So not every combination is tested: every adversary with every
+metric at every size in float32, and with every dtype at one size.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def _index(place: Place, pair: tuple[Tensor, Tensor], metric: str) -> bool:
 
 
 def fast_is_nearly_nearest(place: Place) -> Iterator[Case]:
-    """What "fast" picks is farther than the nearest code by no more than sixteen-bit operands explain."""
+    """The code of "fast" is farther than the nearest code by no more than the rounding of sixteen-bit operands."""
     for n, k, d in place.sizes[:2]:
 
         def case(n=n, k=k, d=d) -> bool:
@@ -95,7 +95,7 @@ def fast_is_nearly_nearest(place: Place) -> Iterator[Case]:
 
 
 def layouts_and_masks(place: Place) -> Iterator[Case]:
-    """Masked rows hold NaN: reading one shows in the index, the output or the loss."""
+    """Masked rows hold NaN: if one is read, the index, the output or the loss is wrong."""
     for name, make in LAYOUTS.items():
         for masked in (False, True):
 
@@ -162,7 +162,7 @@ def sums_and_counts(place: Place) -> Iterator[Case]:
 
 
 def given_indices(place: Place) -> Iterator[Case]:
-    """The indices that the search found give its every bit once more; under the mask stands another index."""
+    """The indices of a search, given again, give the same bits. Masked rows are given another index."""
     for name, make in LAYOUTS.items():
         for masked in (False, True):
 
@@ -178,14 +178,17 @@ def given_indices(place: Place) -> Iterator[Case]:
 
 
 def sampled_codes(place: Place) -> Iterator[Case]:
-    """Every draw has the largest score plus noise, to within the rounding of float32 scores."""
+    """Every draw has the largest score plus noise, up to the rounding of float32 scores."""
     n, k, d = place.sizes[0]
     for metric, temperature, name in itertools.product(METRICS, (0.5, 50.0), ("gaussian", "offset 1e4", "zero codes")):
 
         def case(metric=metric, temperature=temperature, name=name) -> bool:
             z, codebook = (x.to(place.device) for x in ADVERSARIES[name](n, k, d))
             if metric != "euclidean" and name == "offset 1e4":
-                z, codebook = z - 1e4, codebook - 1e4  # a product of such rows has no digits left for the noise
+                z, codebook = (
+                    z - 1e4,
+                    codebook - 1e4,
+                )  # products of such rows are too large for the noise to matter in float32
             seed = torch.tensor(7, device=place.device)
             found = sample_code(
                 z, codebook, temperature=temperature, seed=seed, metric=metric, row_offset=3, backend=place.backend
@@ -220,7 +223,7 @@ def _everything(place: Place, z: Tensor, codebook: Tensor) -> list[Tensor]:
 
 
 def gradients(place: Place) -> Iterator[Case]:
-    """Against autograd through the reference, in float64, on the stored values; each incoming gradient alone too."""
+    """Compared with float64 autograd through the reference, on the stored values; each incoming gradient alone too."""
     yield from _gradients(place, "straight_through")
 
 
@@ -304,8 +307,8 @@ def claims_about(backend: str) -> list[int]:
 def verify(backend: str, device: torch.device, *, every: int = 1, workers: int = 1) -> Iterator[Outcome]:
     """Try every claim; yields one outcome each, in order.
 
-    With `every=n` only one in n cases of a claim is tried, which is a rehearsal and proves nothing. With several
-    workers, processes of their own share the claims: on a GPU most of the time goes into compiling.
+    With `every=n` only one in n cases of a claim is tested: a quick check, no proof. With several `workers`, as many
+    processes share the claims, because on a GPU most of the time is compiling.
     """
     tasks = [(number, backend, str(device), every) for number in claims_about(backend)]
     if workers == 1:
@@ -327,7 +330,7 @@ def _try(number: int, backend: str, device: str, every: int) -> Outcome:
             try:
                 if not holds():
                     failures.append(name)
-            except Exception as error:  # any: a compiler's, a driver's, the kernel's own
+            except Exception as error:  # any: of a compiler, a driver or the kernel
                 failures.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     return Outcome(operator, claim, count, time.perf_counter() - start, tuple(failures))
 

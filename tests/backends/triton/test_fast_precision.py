@@ -45,5 +45,5 @@ def test_the_committed_table_is_complete_and_named_where_it_is_quoted():
     for line in table["cells"]:
         assert line["triton"]["rows"] == line["cpu"]["rows"] == fast_precision.ROWS
         assert line["triton"]["rate"] <= 0.002 and line["cpu"]["rate"] <= 1e-4
-    for path in ("README.md", "vqkernels/ops/nearest.py"):
+    for path in ("docs/kernels.md", "vqkernels/ops/nearest.py"):
         assert "benchmarks.fast_precision" in (ROOT / path).read_text()

@@ -1,4 +1,4 @@
-"""lucidrains' vector-quantize-pytorch, 1.32: change the import, keep the model and its checkpoints.
+"""Drop-ins for lucidrains' vector-quantize-pytorch, 1.32: change the import, keep the model and its checkpoints.
 
     from vqkernels.dropin.lucidrains import VectorQuantize  # was: from vector_quantize_pytorch import VectorQuantize
 

@@ -1,8 +1,8 @@
-"""From a live layer of lucidrains to ours and back, over the same tensors.
+"""Turns an instance of lucidrains' layers into ours and back, with the same tensors.
 
-Ours takes the peer's Parameters, buffers and projections as they are, the same objects, so that an optimizer that holds
-them goes on. On the way back the peer gets the objects that ours holds then: a model may have moved in between.
-Checkpoints need neither: the state dicts are the same.
+Our layer takes the peer's Parameters, buffers and projections, the same objects, so an optimizer continues. On the way
+back the peer gets the objects of our layer, which may be others after a move of the model. Checkpoints need neither:
+the state dicts are the same.
 """
 
 from collections.abc import Callable
@@ -65,10 +65,10 @@ def _options(peer: Any) -> dict[str, Any]:
     options |= {name: getattr(codebook, name) for name in _OF_CODEBOOK}
     sampling = getattr(codebook.gumbel_sample, "keywords", None)
     if sampling is None or set(sampling) != {"stochastic", "straight_through"}:
-        raise ValueError("gumbel_sample, a sampling function of your own, is not supported: keep the peer's layer")
+        raise ValueError("a gumbel_sample function that you defined is not supported: keep the peer's layer")
     if codebook.reset_cluster_size != codebook.threshold_ema_dead_code:
         refuse(reset_cluster_size=codebook.reset_cluster_size)
-    # The peer decides at construction; a layer built before the process group has False and means "as things are".
+    # The peer decides at construction. A layer built before the process group has False; ours then asks each time.
     synced = True if codebook.use_ddp else None
     return options | {
         "codebook_dim": codebook.embed.shape[-1],
@@ -81,7 +81,7 @@ def _options(peer: Any) -> dict[str, Any]:
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:
-    """`target` holds the Parameters and buffers of `source`, the same objects."""
+    """Gives `target` the Parameters and buffers of `source`, the same objects."""
     for name, parameter in source._parameters.items():
         if name in target._parameters:
             target._parameters[name] = parameter
@@ -180,7 +180,7 @@ def adopt_sim_vq(peer: Any) -> SimVQ:
 
 
 def release_vector_quantize(ours: Any, peer: Any) -> None:
-    """Gives the peer what our layer has learned and what was set on it, and its training mode."""
+    """Gives the peer the state, the settings and the training mode of our layer."""
     _share(ours._codebook, peer._codebook)
     for name in _SETTINGS:
         setattr(peer._codebook, name, getattr(ours._codebook, name))
@@ -205,14 +205,14 @@ def release_grouped_residual_vq(ours: Any, peer: Any) -> None:
 
 
 def release_sim_vq(ours: Any, peer: Any) -> None:
-    """Gives the peer the frozen codebook where ours holds it now, what was set on ours, and its training mode."""
+    """Gives the peer the frozen codebook of our layer, its settings and its training mode."""
     _share(ours, peer)
     share_attributes(ours, peer)
     peer.training = ours.training
 
 
 def _check_unchanged(peer: nn.Module, *names: str) -> None:
-    """Refuses a peer whose parts `names`, which ours replaces, are of a class of one's own or have their own forward.
+    """Refuses a peer with a part in `names`, which ours replaces, of a class that a user defined or with a new forward.
 
     Raises:
         ValueError: names the part.
@@ -220,22 +220,21 @@ def _check_unchanged(peer: nn.Module, *names: str) -> None:
     for name in names:
         part = peer.get_submodule(name)
         if not type(part).__module__.startswith(f"{_PACKAGE}."):
-            raise ValueError(f"its module '{name}' is a {type(part).__qualname__} of your own")
+            raise ValueError(f"its module '{name}' is a {type(part).__qualname__}, a class of another package")
         if part.__dict__.get("forward") is not None or part.__dict__.get("_compiled_call_impl") is not None:
             raise ValueError(f"the forward of its module '{name}' is replaced or compiled")
 
 
 def _check_tensors(peer: nn.Module, ours: nn.Module) -> None:
-    """Every tensor that the peer saves is saved by ours: what a user has added to the peer is not lost unseen."""
+    """Refuses a peer that saves a tensor which ours does not save: one that a user added would be lost."""
     mine = ours.state_dict(keep_vars=True)
     for name, tensor in peer.state_dict(keep_vars=True).items():
         if mine.get(name) is not tensor:
-            raise ValueError(f"its tensor '{name}' is none that the class has")
+            raise ValueError(f"its tensor '{name}' was added: the class does not have it")
 
 
 def _of_known_version(adopt: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-    """A layer of a version that has not an option which 1.32 has is refused like an option that we have not; so is one
-    to which a tensor was added."""
+    """Also refuses a layer of a version without an option of 1.32, and a layer to which a tensor was added."""
 
     def adopt_known(peer: nn.Module) -> nn.Module:
         try:

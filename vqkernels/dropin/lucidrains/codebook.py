@@ -1,8 +1,8 @@
 """The codebook of lucidrains' vector-quantize-pytorch: its state, its moving averages, its replacement of dead codes.
 
-Counts and sums come from the fused quantizer, so that no one-hot matrix is built; a row with a NaN or an infinity is in
-neither. Nothing is read back from the device, but for k-means, which runs once. Whether ranks share their statistics is
-asked in every forward, not when the layer is built. A forward that a checkpoint computes again changes nothing.
+Counts and sums come from the fused quantizer, so no one-hot matrix is built. A row with a NaN or an infinity is in
+neither. Only k-means, which runs once, reads from the device. Every forward checks whether ranks share their
+statistics; the layer may be older than the process group. A forward that a checkpoint computes again changes nothing.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ class Codebook(FromData):
     """State of one codebook for all heads, `(1, K, D)`, or of one per head, `(H, K, D)`.
 
     State: `initted ()` bool; `cluster_size (h, K)` float32, from ones; `embed_avg (h, K, D)`, from `embed`;
-    `embed (h, K, D)`, a Parameter where a gradient trains it and otherwise a buffer. Floating buffers are never
-    narrower than float32, whatever the module is cast to.
+    `embed (h, K, D)`, a Parameter if a gradient trains it, otherwise a buffer. Floating buffers are never
+    narrower than float32, also after a cast of the module.
 
     Args:
         learnable: `embed` is a Parameter.

@@ -1,11 +1,14 @@
 """`VectorQuantize` of lucidrains' vector-quantize-pytorch over the fused operators: its arguments, results and state.
 
-One fused pass gives codes, indices, commitment loss and the statistics of the moving averages; nothing of size N x K is
-built, in training or not. What the peer's users rely on is kept: the codes looked up in training are those before the
-update; the loss is 0 in eval mode; a gradient reaches the input in training only, by the rotation trick unless told
-otherwise. What differs, on purpose: ties go to the lowest index, the forward value in training is the code itself, bit
-for bit (also for a zero row, which the peer turns into zeros), index -1 decodes to zeros, and cross entropy and the
-orthogonal loss have their gradient at the codes that gave them, which the peer may overwrite before its backward pass.
+One fused pass gives codes, indices, commitment loss and the statistics of the moving averages. Nothing of size N x K is
+built, in training or not.
+
+As in the peer: the codes looked up in training are those before the update. The loss is 0 in eval mode. A gradient
+reaches the input only in training, by default by the rotation trick.
+
+Different on purpose: ties go to the lowest index. The forward value in training is the code itself, bit for bit, also
+for a zero row, which the peer turns into zeros. Index -1 decodes to zeros. Cross entropy and the orthogonal loss have
+their gradient at the codes that gave them; the peer may overwrite these before its backward pass.
 """
 
 from collections.abc import Callable
@@ -37,7 +40,7 @@ class LossBreakdown(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one forward knows."""
+    """The tensors of one forward."""
 
     x: Tensor
     layout: RowLayout  # of x
@@ -55,7 +58,7 @@ class VectorQuantize(ConfiguredQuantizer):
 
     The arguments are the peer's. Not supported, and refused by name with a ValueError: `straight_through` (of Gumbel),
     `codebook_diversity_loss_weight`, `vq_bridge`, `in_place_codebook_optimizer`, `affine_param`; and in `forward`
-    `topk` and `codebook_transform_fn`. `sync_codebook=None` asks for a process group in every forward. Masks and
+    `topk` and `codebook_transform_fn`. With `sync_codebook=None` every forward looks for a process group. Masks and
     lengths work with every layout, heads and projections. `directional_reparam` works without dead-code replacement.
 
     State: `_codebook` as in `Codebook`; `project_in`, `project_out` where `codebook_dim * heads` is not `dim`.
@@ -83,7 +86,7 @@ class VectorQuantize(ConfiguredQuantizer):
                 `(B, dim, D, H, W)` for images and volumes.
             indices: codes to compare with, shaped as `forward` returns them, -1 where there is none.
             mask, lens: bool, x's shape without channels, or int `(B,)`: which rows count.
-            sample_codebook_temp: in the place of the layer's, where codes are sampled.
+            sample_codebook_temp: temperature of the sampling, in place of the layer's.
             freeze_codebook: leave the codebook and its averages as they are.
             ema_update_weight, accum_ema_update, ema_update: as `weight`, `accumulate` and `ema_update` of
                 `Codebook.learn`.
@@ -238,7 +241,7 @@ class VectorQuantize(ConfiguredQuantizer):
             orthogonal = self._orthogonal(step.result.indices, step.rows)
             loss = loss + orthogonal * self.orthogonal_reg_weight
         if self.training and torch.is_grad_enabled() and not loss.requires_grad and not torch.compiler.is_compiling():
-            loss = loss.detach().requires_grad_()  # a training loss can always be asked for its gradient
+            loss = loss.detach().requires_grad_()  # backward must work on every training loss
         return loss, LossBreakdown(commitment, zero, orthogonal, zero)
 
     def _commitment(self, step: Step) -> Tensor:
@@ -266,7 +269,7 @@ class VectorQuantize(ConfiguredQuantizer):
         if rows.batched:
             raise ValueError("orthogonal_reg_active_codes_only does not go with separate_codebook_per_head")
         used = torch.zeros(size + 1, dtype=torch.bool, device=embed.device)
-        used = used.scatter(0, indices.flatten() % (size + 1), True)[:-1]  # -1 goes to a place of its own
+        used = used.scatter(0, indices.flatten() % (size + 1), True)[:-1]  # -1 goes to the last place, which is cut off
         if most is not None and size > most:
             chosen = torch.where(used, torch.rand(size, device=embed.device), -1.0).topk(most).indices
             used = used & torch.zeros_like(used).scatter(0, chosen, True)

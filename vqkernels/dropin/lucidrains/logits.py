@@ -1,8 +1,8 @@
-"""What needs every distance of a row, not the smallest alone: cross entropy against codes, and draws of codes.
+"""Cross entropy against codes, and draws of codes. Both need all distances of a row, not only the smallest.
 
-The logits are minus the euclidean distance, or the dot product where the codebook is one of directions. They are made
-for a block of rows at a time and forgotten: at most 16 MB, whatever N and K. The cross entropy takes its gradient in
-the same pass, so that backward only scales it.
+The logits are minus the euclidean distance, or the dot product if the codes are directions. They are computed for a
+block of rows at a time, at most 16 MB for any N and K, and not kept. The cross entropy computes its gradient in the
+same pass; backward only scales it.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
             code = codes[head].detach().requires_grad_(grad_codes is not None)
             for block in _blocks(rows.shape[1], codes.shape[1]):
                 row = rows[head, block].detach().requires_grad_(grad_rows is not None)
-                # A graph apart: for it the hooks of a checkpoint around the layer would compute the layer again.
+                # A separate graph. The hooks of a checkpoint around the layer would compute the layer again for it.
                 with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
                     logits = _logits(row, code, directions)
                     loss = F.cross_entropy(logits, targets[head, block], ignore_index=-1, reduction="sum")

@@ -1,4 +1,4 @@
-"""The arguments of lucidrains' `VectorQuantize`: defaults, what contradicts what, what is refused by name."""
+"""The arguments of lucidrains' `VectorQuantize`: defaults, conflicts, and options that are refused by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from .codebook import Codebook
 
 
 def refuse(**options: Any) -> None:
-    """Raises for the first option that is set: it has no counterpart here, and is not ignored."""
+    """Raises for the first option that is set, since it has no counterpart here and must not be ignored."""
     for name, value in options.items():
         if value is not None and value is not False and value != 0:
             shown = value if isinstance(value, int | float | str) else type(value).__name__

@@ -1,8 +1,8 @@
 """`ResidualVQ` and `GroupedResidualVQ` of lucidrains' vector-quantize-pytorch: a chain of our `VectorQuantize` layers.
 
-Every level quantizes what the levels before it left, held constant: its codes carry its own gradient to the input. Here
-images, `(B, dim, H, W)`, work with projections too; coarse indices decode whether or not training drops levels; and
-cross entropy against given codes is added over the levels.
+Every level quantizes the residual of the levels before it, held constant, and has its gradient to the input. Different
+from the peer: images `(B, dim, H, W)` work with projections too, coarse indices decode also without quantizer dropout,
+and cross entropy against given codes is added over the levels.
 """
 
 import random
@@ -21,7 +21,7 @@ from .rows import directional
 
 
 def _dropout_seed(layer: VectorQuantize, device: torch.device) -> int:
-    """A number below 10 000 from torch's generator; with ranks their sum, so that all drop the same levels."""
+    """A number below 10 000 from torch's generator. With ranks it is their sum, so all drop the same levels."""
     if not layer._codebook.synced:
         return int(torch.randint(0, 10_000, ()))
     return int(sum_over_ranks(torch.randint(0, 10_000, (), device=device))[0])
@@ -34,7 +34,7 @@ class ResidualVQ(nn.Module):
     by name with a ValueError: `heads`, `implicit_neural_codebook`, and beams (`beam_size`, `eval_beam_size`).
 
     State: `layers.{i}` as in `VectorQuantize`; `project_in`, `project_out` where `codebook_dim` is not `dim`. With
-    `shared_codebook` the same tensors stand under every level.
+    `shared_codebook` every level has the same tensors.
     """
 
     def __init__(
@@ -197,14 +197,14 @@ class ResidualVQ(nn.Module):
         return project(module, x, self._channel_dim)
 
     def _last_level(self, seed: int | None, device: torch.device) -> int:
-        """The last level of this step, by the peer's draw."""
+        """The last level of this step, drawn as the peer does."""
         draw = random.Random(_dropout_seed(self._levels[0], device) if seed is None else seed)
         last = draw.randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
         return -(-(last + 1) // multiple) * multiple - 1
 
     def _learn_shared(self, seen: list[Tensor], first: bool | Tensor) -> None:
-        """One codebook for all levels is written once, after the last of them; `first` as in `Codebook.learn`."""
+        """Writes the one codebook of all levels once, after the last level; `first` as in `Codebook.learn`."""
         layer = self._levels[0]
         codebook = layer._codebook
         if self.vq_is_ema_updating:
