@@ -81,12 +81,12 @@ def state_keys() -> dict[str, list[str]]:
 
 
 def command_options() -> dict[str, list[str]]:
-    """The options that the help of every command names."""
+    """The options that the help of every command lists."""
     found = {}
     for name in COMMANDS:
         command = [sys.executable, "-W", "ignore", "-m", "vqkernels", name, "--help"]
         text = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"})
-        found[name] = sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text.stdout)))
+        found[name] = sorted(set(re.findall(r"(?:^|│) *(--[a-z][\w.-]*)", text.stdout, re.MULTILINE)))
     return found
 
 
