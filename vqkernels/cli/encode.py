@@ -23,7 +23,7 @@ from vqkernels.training.tokenization import encode_shards
 class EncodeArguments:
     """Encode images into codes. The same command continues after an interruption.
 
-    'torchrun --nproc-per-node=N -m vqkernels -- encode ...' shares the work among N processes.
+    'torchrun ... -m vqkernels -- encode ...' shares the work among its processes.
     """
 
     run: Path

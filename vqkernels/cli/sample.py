@@ -43,7 +43,7 @@ class SampleArguments:
     top_p: float | None = None
     """Draw among the most likely codes alone, as few as have probability p together."""
     guidance: float = 1.0
-    """Above 1 samples follow the label more strongly. The prior must be trained with --prior.label-dropout above 0."""
+    """Above 1 samples follow the label more strongly. The prior must be trained with prior.label_dropout."""
     seed: int = 0
     """Seed of the draws."""
     device: str = "auto"
