@@ -23,7 +23,6 @@ else:
     import tomli as tomllib
 
 Schedule = Literal["constant", "cosine"]
-Stage = Literal["vqvae", "prior"]
 Parallel = Literal["ddp", "fsdp"]
 PriorModel = Literal["pixelcnn", "transformer"]
 FORMAT = "vqkernels-run-1"

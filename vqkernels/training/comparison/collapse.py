@@ -1,4 +1,4 @@
-"""Posterior collapse: with a decoder that models the pixels by itself, does a model still use its latents?
+"""Posterior collapse: with a decoder that can model the pixels alone, does a model still use its latents?
 
 Three models with the same `AutoregressiveDecoder`: alone (its condition is zero), behind a VAE's latents, and behind a
 VQ-VAE's codes. Measured are the divergence, the active units, and how many bits the likelihood of an image loses when

@@ -1,6 +1,6 @@
 """The contenders: a VQ-VAE whose codebook learns by gradient, one by moving averages, and a VAE; all else is equal.
 
-Each has a run directory, so that an interrupted comparison goes on where it was. The VQ-VAEs' can be sampled and
+Each has a run directory, so that an interrupted comparison resumes. The VQ-VAEs' can be sampled and
 encoded with like any other run.
 """
 
@@ -50,10 +50,10 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where a comparison trains, and how it tells of it."""
+    """Where a comparison trains, and how it reports."""
 
     settings: ComparisonSettings
-    data: ImageData  # without labels: a prior that is told the class is no p(x)
+    data: ImageData  # without labels: a prior that is given the class is not p(x)
     out: Path
     progress: bool
     should_stop: Callable[[], bool]
