@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from vqkernels.cli.main import main
 from vqkernels.training import array_files, stage_training, stages
-from vqkernels.training.build import build_vqvae, load_models
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory, read_export
-from vqkernels.training.codes import CodesDirectory
+from vqkernels.training.code_shards import CodesDirectory
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images, open_source
 from vqkernels.training.errors import DiskFull, Diverged, UserError
 from vqkernels.training.loop import train
 from vqkernels.training.metrics import MetricsLog
+from vqkernels.training.model_building import build_vqvae, load_models
 
 
 def tiny(data: str = "digits", **vqvae) -> RunConfig:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_codes, check_number
-from .draws import fill_seed_
+from .arguments import check_codes, check_number
 from .freezing import Freezable
 from .loading import explain_keys, explain_sizes
 from .metrics import Counted
 from .normalisation import unit
 from .pending import Pending
+from .random import fill_seed_
 from .synchronisation import Ranks
 from .wide import WideBuffers
 

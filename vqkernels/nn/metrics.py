@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_size
+from .arguments import check_size
 from .synchronisation import Ranks
 
 

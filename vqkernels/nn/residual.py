@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ..ops.recomputation import advance
 from ..ops.residual import residual_quantize_with_statistics
+from .arguments import check_codes, check_flag, check_number, check_size
 from .base import CodebookQuantizer, Forward, shown_defaults
-from .checks import check_codes, check_flag, check_number, check_size
-from .draws import hashed
 from .initialisation import initial_stack
 from .lookup import check_stack_indices, sum_codes
-from .residuals import residual_candidates
+from .random import hashed
 from .revival import Candidates
 from .rows import Rows
+from .stack_residuals import residual_candidates
 
 
 class ResidualVectorQuantizer(CodebookQuantizer):

@@ -8,7 +8,7 @@ overwriting it, and the code has about log(threshold) / log(g) steps to gain row
 Where the codebook is trained by gradient there is no m, and n decays by 0.99 a step. The optimizer's moments are not
 changed: those of a dead code have decayed with its gradients, so the first steps after a revival are ordinary ones.
 
-Rows are drawn on the device without a synchronisation (`vqkernels.nn.draws`): at most 1024 a step, each at most once,
+Rows are drawn on the device without a synchronisation (`vqkernels.nn.random`): at most 1024 a step, each at most once,
 never a masked row, never one with a NaN or an infinity. Ranks that agree on seed and step revive the same codes with
 the same rows: one all-reduce of fixed size in every step, whether or not a code is dead.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .draws import count_rows, draw_positions, hashed, take_rows
+from .random import count_rows, draw_positions, hashed, take_rows
 from .rows import Rows
 from .synchronisation import DEFAULT, Ranks
 

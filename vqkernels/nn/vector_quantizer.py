@@ -8,13 +8,13 @@ from torch import Tensor
 from ..ops.quantize import quantize_with_statistics
 from ..ops.recomputation import advance
 from ..ops.sample import sample_code
+from .arguments import check_codes, check_flag, check_number, check_positive, check_size
 from .base import CodebookQuantizer, shown_defaults
-from .checks import check_codes, check_flag, check_number, check_positive, check_size
-from .draws import step_key
 from .entropy import entropy_penalty
 from .learning import Seen
 from .lookup import check_indices, look_up
 from .normalisation import unit
+from .random import step_key
 from .rows import Rows
 from .scalar import Scalar
 from .synchronisation import global_rank

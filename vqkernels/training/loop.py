@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from vqkernels.models import VQVAE, Prior
-from vqkernels.training.build import build_prior, build_vqvae, check_backend, pick_device
+from vqkernels.training.acceleration import Speed
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData, load_images
+from vqkernels.training.distributed import Ranks, joined
 from vqkernels.training.errors import UserError
-from vqkernels.training.ranks import Ranks, joined
+from vqkernels.training.model_building import build_prior, build_vqvae, check_backend, pick_device
 from vqkernels.training.resumption import check_resumable
-from vqkernels.training.speed import Speed
 from vqkernels.training.stage_training import Session, StageTraining
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
 

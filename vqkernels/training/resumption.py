@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from vqkernels.training.acceleration import SpeedConfig
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData
 from vqkernels.training.errors import UserError
-from vqkernels.training.speed import SpeedConfig
 
 # The data may move, but its images must be the same.
 FREE = {

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vqkernels.training.acceleration import Speed
 from vqkernels.training.batches import Batches
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData
+from vqkernels.training.distributed import Ranks
 from vqkernels.training.divergence import LossWatch, is_finite, save_diverged
 from vqkernels.training.errors import DiskFull, Diverged
 from vqkernels.training.metrics import MetricsLog
 from vqkernels.training.pictures import save_png
-from vqkernels.training.ranks import Ranks
 from vqkernels.training.sharding import is_sharded, whole_optimizer, whole_weights
-from vqkernels.training.speed import Speed
 from vqkernels.training.stages import TrainingStage
 
 

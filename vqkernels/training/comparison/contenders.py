@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from vqkernels.models import VAE, VQVAE, Prior
-from vqkernels.training.build import build_vae, pick_device
 from vqkernels.training.checkpoint import ImageFormat, holds_run, write_atomically
 from vqkernels.training.comparison.settings import ComparisonSettings
 from vqkernels.training.config import RunConfig
@@ -26,6 +25,7 @@ from vqkernels.training.data import ImageData
 from vqkernels.training.errors import UserError
 from vqkernels.training.images import ImageSet
 from vqkernels.training.loop import train, train_stage
+from vqkernels.training.model_building import build_vae, pick_device
 from vqkernels.training.stages import spread
 from vqkernels.training.vae_stage import VAEStage
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.models import VQVAE
-from vqkernels.training.codes import CodesDirectory
+from vqkernels.training.code_shards import CodesDirectory
 from vqkernels.training.images import ImageSet, Source
 from vqkernels.training.pictures import to_pixels
 
