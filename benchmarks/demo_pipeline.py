@@ -28,11 +28,11 @@ from benchmarks.usual_model import (
 from vqkernels.models import PixelCNN
 from vqkernels.training import stages
 from vqkernels.training.batches import Batches
-from vqkernels.training.build import build_prior, build_vqvae
 from vqkernels.training.checkpoint import ImageFormat
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData, load_images
 from vqkernels.training.loop import train
+from vqkernels.training.model_building import build_prior, build_vqvae
 
 CPU = torch.device("cpu")
 PER_CLASS = 100

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from vqkernels.bench import machine
 from vqkernels.models import VQVAE
-from vqkernels.training.codes import CodesDirectory, CodesIndex
+from vqkernels.training.acceleration import SpeedConfig, place
+from vqkernels.training.code_shards import CodesDirectory, CodesIndex
 from vqkernels.training.data import open_source
 from vqkernels.training.images import Source
-from vqkernels.training.speed import SpeedConfig, place
-from vqkernels.training.tokenization import CHUNK, encode_shards
+from vqkernels.training.shard_encoding import CHUNK, encode_shards
 
 CPU = torch.device("cpu")
 SIDE = 32

@@ -32,7 +32,7 @@ from benchmarks.usual_model import (
 from vqkernels.bench import machine
 from vqkernels.bench.timing import interleave
 from vqkernels.models import VQVAE, PixelCNN
-from vqkernels.training.speed import Speed, SpeedConfig
+from vqkernels.training.acceleration import Speed, SpeedConfig
 
 MARKS = ("<!-- full model -->", "<!-- end of full model -->")
 IMAGES, SIDE = 32, 32  # of a VQ-VAE step: 8 x 8 codes each, 2,048 rows

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks.standard_pixelcnn import MaskedPixelCNN
 from vqkernels.bench.layers import OneHotQuantizer
 from vqkernels.models import VQVAE, PixelCNN
-from vqkernels.training.speed import Speed, place
+from vqkernels.training.acceleration import Speed, place
 
 Step = Callable[[], Tensor]  # a training step; returns its loss
 

@@ -24,7 +24,7 @@ from benchmarks.usual_model import (
     usual_vqvae,
 )
 from vqkernels.models import VQVAE, PixelCNN
-from vqkernels.training.speed import Speed, SpeedConfig
+from vqkernels.training.acceleration import Speed, SpeedConfig
 
 FLAGS = {
     "no flag": SpeedConfig(channels_last="off", fused_optimizer=False),

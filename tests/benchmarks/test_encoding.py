@@ -31,14 +31,14 @@ def test_a_quick_run_writes_figures_and_table(encoding, tmp_path):
 
 
 def test_nothing_is_timed_where_images_are_out_of_order(encoding, monkeypatch):
-    from vqkernels.training import tokenization
+    from vqkernels.training import shard_encoding
 
-    ahead = tokenization._ahead
+    ahead = shard_encoding._ahead
 
     def swapped(*arguments):
         first, second, *rest = ahead(*arguments)
         yield from (second, first, *rest)
 
-    monkeypatch.setattr(tokenization, "_ahead", swapped)
+    monkeypatch.setattr(shard_encoding, "_ahead", swapped)
     with pytest.raises(SystemExit, match="are not those of the model: nothing is timed"):
         encoding.measure(512, 8, 1, None)

@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 from vqkernels.cli.main import main
-from vqkernels.training.build import load_vqvae
+from vqkernels.training.acceleration import SpeedConfig
 from vqkernels.training.checkpoint import RunDirectory, read_export
-from vqkernels.training.codes import CodesDirectory
+from vqkernels.training.code_shards import CodesDirectory
 from vqkernels.training.config import RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import train
+from vqkernels.training.model_building import load_vqvae
 from vqkernels.training.pictures import to_pixels
-from vqkernels.training.speed import SpeedConfig
 
 CPU = torch.device("cpu")
 
@@ -180,7 +180,7 @@ def test_an_unreadable_image_is_named_and_nothing_is_lost(run, tmp_path, capsys)
 
 def test_threads_that_read_ahead_keep_the_order(run, digits, tmp_path, monkeypatch):
     """Every later piece is read sooner than the one before it."""
-    from vqkernels.training import tokenization
+    from vqkernels.training import shard_encoding
     from vqkernels.training.images import ArraySource
 
     assert encode(run, tmp_path / "codes", "--data", "digits", "--shard-images", 100) == 0
@@ -191,7 +191,7 @@ def test_threads_that_read_ahead_keep_the_order(run, digits, tmp_path, monkeypat
         time.sleep(0.03 * (3 - (start // 100) % 4))
         return read(self, start, stop)
 
-    monkeypatch.setattr(tokenization, "READERS", 4)
+    monkeypatch.setattr(shard_encoding, "READERS", 4)
     monkeypatch.setattr(ArraySource, "read", late)
     assert encode(run, tmp_path / "late", "--data", "digits", "--shard-images", 100) == 0
     assert len(begun) == 18

@@ -14,10 +14,10 @@ from sklearn.datasets import load_digits
 
 from vqkernels.cli.main import main
 from vqkernels.models import PixelCNN, TransformerPrior
-from vqkernels.training.build import load_models
 from vqkernels.training.checkpoint import read_export
 from vqkernels.training.config import RunConfig
 from vqkernels.training.loop import train
+from vqkernels.training.model_building import load_models
 
 TINY = [
     *("--data", "digits", "--vqvae.hidden-channels", "8", "--vqvae.code-dim", "4", "--vqvae.codebook-size", "8"),

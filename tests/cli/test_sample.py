@@ -10,10 +10,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vqkernels.cli.main import main
-from vqkernels.training.build import load_models
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images
 from vqkernels.training.loop import train
+from vqkernels.training.model_building import load_models
 
 
 def config(data: str) -> RunConfig:

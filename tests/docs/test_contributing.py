@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import vqkernels
+from vqkernels.backends.table import BACKENDS, OPERATORS
 
 ROOT = Path(vqkernels.__file__).parents[1]
 PAGES = ["CONTRIBUTING.md", "docs/architecture.md"]
@@ -83,3 +84,17 @@ def test_the_hooks_run_what_lint_runs():
     assert lint
     for tool in re.findall(r"\$\(BIN\)/(ruff check|ruff format|mypy)", lint[1]):
         assert f"entry: {tool}" in hooks
+
+
+def backend_table() -> str:
+    """The operators by backend, from the table that the library reads, without the passes of the PixelCNN."""
+    lines = [f"| operator | {' | '.join(f'`{name}`' for name in BACKENDS)} |", "|---|" + "---|" * len(BACKENDS)]
+    shown = {x: row for x, row in OPERATORS.items() if "triton" in row}
+    for operator, row in shown.items():
+        cells = ["–" if name not in row else "plain" if row[name] in BACKENDS else "yes" for name in BACKENDS]
+        lines.append(f"| `{operator}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_page_shows_the_table_of_backends():
+    assert backend_table() in (ROOT / "docs" / "architecture.md").read_text()

@@ -8,34 +8,18 @@ import itertools
 
 import pytest
 import torch
+from nn.combinations import BETA, CODES, DECAY, DIM, GRADIENTS, LAYOUTS, METRICS, compare, rotated, rows_that_count
 
 from vqkernels.nn import VectorQuantizer
 
-DIM, BETA, DECAY, CODES = 6, 0.3, 0.8, 7
-LAYOUTS = {
-    "rows": ((5, DIM), -1),
-    "sequence": ((2, 5, DIM), -1),
-    "audio": ((2, DIM, 5), 1),
-    "image": ((2, DIM, 3, 2), 1),
-}
 HEADS = {"one": (1, False), "shared": (2, False), "separate": (2, True)}
 MASKS = ("none", "mask", "lengths")
-METRICS = ("euclidean", "dot", "cosine")
-GRADIENTS = ("straight_through", "rotation")
 
 COMBINATIONS = [
     c
     for c in itertools.product(LAYOUTS, HEADS, (False, True), MASKS, (None, DECAY), GRADIENTS, METRICS)
     if not (c[0] == "rows" and c[3] == "lengths")  # lengths need a batch and positions
 ]
-
-
-def rotated(z, e):
-    """e as a rotation and scaling of z held constant (Fifty et al. 2024, equation 4); straight through from zero."""
-    u, v = z.detach() / z.detach().norm(), e.detach() / e.detach().norm()
-    r = (u + v) / (u + v).norm()
-    scale = e.detach().norm() / z.detach().norm()
-    return scale * (z - 2 * (z @ r) * r + 2 * (z @ u) * v)
 
 
 def plain(layer, z, mask, gradient):
@@ -105,40 +89,16 @@ def check(seed, layout, heads, projects, masked, ema_decay, gradient, metric):
     layer.codebook.data.normal_()
     z = torch.randn(shape, dtype=torch.float64)
     row_shape = z.select(channel_dim, 0).shape
-    mask, arguments = torch.ones(row_shape, dtype=torch.bool), {}
-    if masked == "mask":
-        mask = torch.rand(row_shape) < 0.6
-        mask.view(-1)[0] = True
-        arguments["mask"] = mask
-    if masked == "lengths":
-        lengths = torch.tensor([2, 1])
-        arguments["lengths"] = lengths
-        kept = torch.arange(row_shape[1]) < lengths[:, None]
-        mask = kept.view(*kept.shape, *[1] * (len(row_shape) - 2)).expand(row_shape)
-    z = torch.where(mask.unsqueeze(channel_dim), z, torch.nan).requires_grad_()
+    mask, arguments = rows_that_count(masked, row_shape)
+    found = []
 
-    rows = z.detach().movedim(channel_dim, -1).reshape(-1, DIM).requires_grad_()
-    expected, indices, loss, n, updated = plain(layer, rows, mask.reshape(-1), gradient)
-    incoming = torch.randn_like(expected)
-    leaves = [rows, *layer.parameters()]
-    wanted = torch.autograd.grad((expected * incoming).sum() + loss, leaves, allow_unused=True)
+    def computed(rows):
+        outputs, indices, loss, *state = plain(layer, rows, mask.reshape(-1), gradient)
+        found.extend(state)
+        return outputs, indices if count > 1 else indices.squeeze(1), loss
 
-    quantized, got, got_loss = layer(z, **arguments)
-    upstream = incoming.view(*row_shape, DIM).movedim(-1, channel_dim)
-    grads = torch.autograd.grad((quantized * upstream).sum() + got_loss, [z, *layer.parameters()], allow_unused=True)
-
-    close = dict(rtol=1e-9, atol=1e-12)
-    assert quantized.shape == z.shape and quantized.dtype == z.dtype
-    torch.testing.assert_close(quantized.movedim(channel_dim, -1).reshape(-1, DIM), expected, **close)
-    assert got.equal(indices.view(*row_shape, count) if count > 1 else indices.view(row_shape))
-    torch.testing.assert_close(got_loss, loss, **close)
+    compare(layer, z, mask, arguments, computed)
+    n, updated = found
     torch.testing.assert_close(layer.counts, n.long())
-    rows_gradient = torch.where(mask.reshape(-1, 1), wanted[0], 0.0)
-    torch.testing.assert_close(grads[0].movedim(channel_dim, -1).reshape(-1, DIM), rows_gradient, **close)
-    for ours, theirs in zip(grads[1:], wanted[1:], strict=True):
-        torch.testing.assert_close(ours, theirs, **close)
     if ema_decay is not None:
-        torch.testing.assert_close(layer.codebook, updated, **close)
-    layer.eval()
-    again, codes, _ = layer(z.detach(), **arguments)
-    assert layer.decode(codes).equal(again)
+        torch.testing.assert_close(layer.codebook, updated, rtol=1e-9, atol=1e-12)

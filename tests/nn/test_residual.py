@@ -4,32 +4,18 @@ import itertools
 
 import pytest
 import torch
+from nn.combinations import BETA, CODES, DECAY, DIM, GRADIENTS, LAYOUTS, METRICS, compare, rotated, rows_that_count
 
 from vqkernels import reference
 from vqkernels.nn import GroupedResidualVectorQuantizer, ResidualVectorQuantizer
 
-DIM, BETA, DECAY, CODES, LEVELS = 6, 0.3, 0.8, 7, 3
-LAYOUTS = {
-    "rows": ((5, DIM), -1),
-    "sequence": ((2, 5, DIM), -1),
-    "audio": ((2, DIM, 5), 1),
-    "image": ((2, DIM, 3, 2), 1),
-}
+LEVELS = 3
 MASKS = ("none", "mask", "lengths", "levels")
-METRICS = ("euclidean", "dot", "cosine")
-GRADIENTS = ("straight_through", "rotation")
 COMBINATIONS = [
     c
     for c in itertools.product(LAYOUTS, (1, 2), (False, True), (False, True), MASKS, (None, DECAY), GRADIENTS, METRICS)
     if not (c[0] == "rows" and c[4] == "lengths")  # lengths need a batch and positions
 ]
-
-
-def rotated(z, e):
-    """e as a rotation and scaling of z held constant (Fifty et al. 2024, equation 4)."""
-    u, v = z.detach() / z.detach().norm(), e.detach() / e.detach().norm()
-    r = (u + v) / (u + v).norm()
-    return e.detach().norm() / z.detach().norm() * (z - 2 * (z @ r) * r + 2 * (z @ u) * v)
 
 
 def plain(layer, z, passed, gradient):
@@ -105,52 +91,25 @@ def check(seed, layout, groups, shared, projects, masked, ema_decay, gradient, m
     layer.codebook.data.normal_()
     z = torch.randn(shape, dtype=torch.float64)
     row_shape = z.select(channel_dim, 0).shape
-    passed, arguments = torch.full(row_shape, LEVELS), {}
-    if masked == "mask":
-        arguments["mask"] = torch.rand(row_shape) < 0.6
-        arguments["mask"].view(-1)[0] = True
-        passed = torch.where(arguments["mask"], LEVELS, 0)
-    if masked == "lengths":
-        arguments["lengths"] = torch.tensor([2, 1])
-        kept = torch.arange(row_shape[1]) < arguments["lengths"][:, None]
-        passed = torch.where(kept.view(*kept.shape, *[1] * (len(row_shape) - 2)).expand(row_shape), LEVELS, 0)
+    mask, arguments = rows_that_count(masked, row_shape)
+    passed = torch.where(mask, LEVELS, 0)
     if masked == "levels":
         arguments["levels"] = torch.randint(1, LEVELS + 1, row_shape[:1])
         passed = arguments["levels"].view(-1, *[1] * (len(row_shape) - 1)).expand(row_shape)
-    z = torch.where((passed > 0).unsqueeze(channel_dim), z, torch.nan).requires_grad_()
+    found = []
 
-    rows = z.detach().movedim(channel_dim, -1).reshape(-1, DIM).requires_grad_()
-    expected, indices, losses, n, m = plain(layer, rows, passed.reshape(-1), gradient)
-    incoming, weights = torch.randn_like(expected), torch.randn_like(losses)
-    leaves = [rows, *layer.parameters()]
-    value = (expected * incoming).sum() + (losses * weights).sum()
-    wanted = torch.autograd.grad(value, leaves, allow_unused=True)
+    def computed(rows):
+        outputs, indices, losses, *state = plain(layer, rows, passed.reshape(-1), gradient)
+        found.extend(state)
+        return (outputs, indices, losses) if groups > 1 else (outputs, indices.squeeze(1), losses.squeeze(0))
 
-    quantized, got, got_losses = layer(z, **arguments)
-    upstream = incoming.view(*row_shape, DIM).movedim(-1, channel_dim)
-    value = (quantized * upstream).sum() + (got_losses * weights.view(got_losses.shape)).sum()
-    grads = torch.autograd.grad(value, [z, *layer.parameters()], allow_unused=True)
-
-    close = dict(rtol=1e-9, atol=1e-11)
-    assert quantized.shape == z.shape and quantized.dtype == z.dtype
-    tail = (groups, LEVELS) if groups > 1 else (LEVELS,)
-    assert got.equal(indices.view(*row_shape, *tail)) and got_losses.shape == tail
-    torch.testing.assert_close(quantized.movedim(channel_dim, -1).reshape(-1, DIM), expected, **close)
-    torch.testing.assert_close(got_losses.view(losses.shape), losses, **close)
-    if shared:
-        n, m = n.sum(1), m.sum(1)
-    assert layer.counts.equal(n.long().view(layer.counts.shape))
-    rows_gradient = torch.where((passed > 0).reshape(-1, 1), wanted[0], 0.0)
-    torch.testing.assert_close(grads[0].movedim(channel_dim, -1).reshape(-1, DIM), rows_gradient, **close)
-    for ours, theirs in zip(grads[1:], wanted[1:], strict=True):
-        torch.testing.assert_close(ours, theirs, **close)
+    compare(layer, z, passed > 0, arguments, computed)
+    n, m = (x.sum(1) for x in found) if shared else found
+    n, m = n.view(layer.counts.shape), m.view(layer.codebook.shape)
+    assert layer.counts.equal(n.long())
     if ema_decay is not None:
-        n, m = n.view(layer.counts.shape), m.view(layer.codebook.shape)
-        used = (n > 0).unsqueeze(-1)
-        torch.testing.assert_close(layer.codebook[used.expand_as(m)], (m / n.unsqueeze(-1))[used.expand_as(m)], **close)
-    layer.eval()
-    again, codes, _ = layer(z.detach(), **arguments)
-    assert layer.decode(codes).equal(again)
+        used = (n > 0).unsqueeze(-1).expand_as(m)
+        torch.testing.assert_close(layer.codebook[used], (m / n.unsqueeze(-1))[used], rtol=1e-9, atol=1e-11)
 
 
 KINDS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vqkernels.nn import VectorQuantizer
-from vqkernels.nn.draws import hashed
+from vqkernels.nn.random import hashed
 from vqkernels.nn.revival import Candidates, revive_
 
 

@@ -7,7 +7,7 @@ import torch
 
 import vqkernels
 from vqkernels.nn import VectorQuantizer
-from vqkernels.nn.draws import step_key
+from vqkernels.nn.random import step_key
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "dot", "cosine"])

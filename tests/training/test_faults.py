@@ -19,15 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vqkernels.cli.main import main
-from vqkernels.training import array_files, loop, stages
-from vqkernels.training.build import build_vqvae, load_models
+from vqkernels.training import array_files, stage_training, stages
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory, read_export
-from vqkernels.training.codes import CodesDirectory
+from vqkernels.training.code_shards import CodesDirectory
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images, open_source
 from vqkernels.training.errors import DiskFull, Diverged, UserError
 from vqkernels.training.loop import train
 from vqkernels.training.metrics import MetricsLog
+from vqkernels.training.model_building import build_vqvae, load_models
 
 
 def tiny(data: str = "digits", **vqvae) -> RunConfig:
@@ -189,7 +189,7 @@ def test_a_picture_that_finds_no_room_costs_no_checkpoint(tmp_path, monkeypatch,
     def full(grid, path):
         raise DiskFull(f"the disk is full: {path} cannot be written, and is as it was before")
 
-    monkeypatch.setattr(loop, "save_png", full)
+    monkeypatch.setattr(stage_training, "save_png", full)
     assert train(tiny(), tmp_path, stage="vqvae").finished
     assert read_export(tmp_path).step == 6 and "training goes on" in capsys.readouterr().err
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from vqkernels.training import stages
-from vqkernels.training.build import load_models
 from vqkernels.training.checkpoint import read_export
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import train
+from vqkernels.training.model_building import load_models
 
 
 def tiny(data: str = "digits", **vqvae) -> RunConfig:

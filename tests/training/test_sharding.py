@@ -90,7 +90,7 @@ def test_a_sharded_run_resumes_to_the_same_bits(sharded):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_loss_that_is_not_finite_ends_all_processes_with_one_sentence(sharded, parallel):
     told = [(sharded / f"{parallel}_{rank}.txt").read_text() for rank in range(2)]
-    assert told[0].startswith("Diverged: the loss of the vqvae is ") and told[1].startswith("ToldElsewhere: ")
+    assert told[0].startswith("Diverged: the loss of the vqvae is ") and told[1].startswith("ReportedElsewhere: ")
     saved = list((sharded / parallel).glob("diverged_vqvae_*.safetensors"))
     assert len(saved) == 1 and str(saved[0]) in told[0]
     assert len(load_file(saved[0])["pixels"]) == 64  # the batch of both

@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqkernels.models import VQVAE
-from vqkernels.training.build import load_vqvae, pick_device
 from vqkernels.training.checkpoint import write_atomically
-from vqkernels.training.codes import CodesDirectory, fingerprint
+from vqkernels.training.code_shards import CodesDirectory, fingerprint
 from vqkernels.training.errors import UserError
+from vqkernels.training.model_building import load_vqvae, pick_device
 from vqkernels.training.pictures import save_png
-from vqkernels.training.tokenization import decode_shards
+from vqkernels.training.shard_encoding import decode_shards
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import tyro
 
 from vqkernels.bench import machine
 from vqkernels.cli.train import train_interruptibly
+from vqkernels.training.acceleration import SpeedConfig
 from vqkernels.training.checkpoint import holds_run
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.evaluation import evaluate_digits
 from vqkernels.training.report import write_html
 from vqkernels.training.run_report import run_document
-from vqkernels.training.speed import SpeedConfig
 
 
 @dataclass(frozen=True)

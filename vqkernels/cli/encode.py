@@ -11,12 +11,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from vqkernels.training.build import load_vqvae, pick_device
-from vqkernels.training.codes import MAX_SHARDS, CodesDirectory, CodesIndex, Container, fingerprint
+from vqkernels.training.code_shards import MAX_SHARDS, CodesDirectory, CodesIndex, Container, fingerprint
 from vqkernels.training.data import open_source
 from vqkernels.training.errors import UserError
 from vqkernels.training.images import JoinedSource, Source, Splits
-from vqkernels.training.tokenization import encode_shards
+from vqkernels.training.model_building import load_vqvae, pick_device
+from vqkernels.training.shard_encoding import encode_shards
 
 
 @dataclass(frozen=True)

@@ -79,11 +79,11 @@ def _run(name: str, command: Any, arguments: list[str]) -> int:
     if name in CORE:
         return command.run(arguments)
 
-    from vqkernels.training.errors import ToldElsewhere, UserError
+    from vqkernels.training.errors import ReportedElsewhere, UserError
 
     try:
         return command.run(arguments)
-    except ToldElsewhere:
+    except ReportedElsewhere:
         return 2
     except UserError as error:
         print(f"vqkernels {name}: {error}", file=sys.stderr)

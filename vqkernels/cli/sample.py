@@ -12,10 +12,10 @@ import tyro
 from torch import Tensor
 
 from vqkernels.models import VQVAE
-from vqkernels.training.build import load_models, pick_device
 from vqkernels.training.checkpoint import ImageFormat, write_atomically
 from vqkernels.training.errors import UserError
 from vqkernels.training.image_folder import read_image
+from vqkernels.training.model_building import load_models, pick_device
 from vqkernels.training.pictures import image_grid, save_png, to_pixels
 from vqkernels.training.stages import decode, draw_codes
 

@@ -18,12 +18,17 @@ from vqkernels.backends import gpu, registry, verified
 from vqkernels.backends.table import BACKENDS
 from vqkernels.verification.suite import verify
 
+_DESCRIPTION = """
+Test a backend against the contract: indices, values, statistics and gradients, on hostile inputs. If nothing fails on a
+GPU, that is recorded in the user's cache, and backend='auto' takes these kernels on that kind of GPU from then on.
+"""
+
 
 def run(arguments: Sequence[str]) -> int:
-    """Returns 0 when everything was proved, 1 when something failed, 2 when there is nothing to prove it on."""
-    parser = argparse.ArgumentParser(prog="vqkernels verify", description="Prove a backend against the contract.")
-    parser.add_argument("--backend", default="triton", choices=tuple(BACKENDS), help="what to prove")
-    parser.add_argument("--device", help="where, say cuda:1; default: every kind of GPU, or the CPU for cpu and eager")
+    """Returns 0 if everything was proved, 1 if something failed, 2 if there is no device to test on."""
+    parser = argparse.ArgumentParser(prog="vqkernels verify", description=_DESCRIPTION)
+    parser.add_argument("--backend", default="triton", choices=tuple(BACKENDS), help="what to test (default: triton)")
+    parser.add_argument("--device", help="such as cuda:1 (default: each kind of GPU; for cpu and eager the CPU)")
     options = parser.parse_args(arguments)
     try:
         devices = _devices(options.backend, options.device)
@@ -35,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _devices(backend: str, wanted: str | None) -> list[torch.device]:
-    """The devices to prove the backend on; raises one sentence where it cannot compute on them."""
+    """The devices to test on. Raises RuntimeError or ValueError, with the reason, if the backend has none."""
     noted = BACKENDS[backend].proof is not None
     kind = BACKENDS[backend].device or "cpu"
     device = torch.device(wanted or kind)
@@ -44,7 +49,7 @@ def _devices(backend: str, wanted: str | None) -> list[torch.device]:
     if device.type != "cuda" or wanted is not None or not noted:
         registry.resolve(backend, device)
         return [device if device.type != "cuda" else torch.device("cuda", device.index or 0)]
-    # one GPU of each compute capability that the kernels serve; where they serve none, the first says why
+    # one GPU of each compute capability that the kernels support; if they support none, the first says why
     kinds = {one.capability: one.number for one in reversed(gpu.visible()) if not gpu.state(backend, one.number)[0]}
     if not kinds:
         registry.resolve(backend, torch.device("cuda", 0))
@@ -52,7 +57,7 @@ def _devices(backend: str, wanted: str | None) -> list[torch.device]:
 
 
 def _prove(backend: str, device: torch.device) -> bool:
-    """Run the suite on one device, print what it proves, and note it where the kernels need that."""
+    """Run the suite on one device, print each claim, and record the proof if the kernels need one."""
     one = None if device.type != "cuda" else next(x for x in gpu.visible() if x.number == device.index)
     print(f"backend {backend} on {one or device}", flush=True)
     failed, start = False, time.perf_counter()

@@ -3,7 +3,7 @@
 p(x | z) = prod_i p(x_i | x before i, features of z), as in van den Oord et al., "Conditional Image Generation with
 PixelCNN Decoders" (2016), and Gulrajani et al., "PixelVAE" (2016). It is a `Likelihood`, so `VQVAE` and `VAE` take it
 like any other, with the encoder and the convolutional decoder they have; what that decoder gives is the condition. With
-it a VAE's latents tend to go unused (posterior collapse), which is what it is here to show.
+it a VAE's latents tend to go unused (posterior collapse); the comparison shows that.
 """
 
 import torch

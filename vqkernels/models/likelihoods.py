@@ -197,7 +197,7 @@ def make_likelihood(name: Name | Likelihood, channels: int) -> Likelihood:
     """The likelihood of this name for images of `channels` channels; one that is made already is returned.
 
     Raises:
-        ValueError: there is none of this name, or it was made for other images.
+        ValueError: no likelihood has this name, or it was made for images of other channels.
     """
     if isinstance(name, Likelihood):
         if name.channels != channels:

@@ -160,7 +160,7 @@ class PixelCNN(CodePrior):
         On the CPU they can be differentiated once, and not twice.
 
         Args:
-            labels: for a class-conditional prior; with `label_dropout`, -1 stands for no label.
+            labels: for a class-conditional prior; with `label_dropout`, -1 means no label.
             condition: (B, condition_channels, H, W), for a prior with a spatial condition.
 
         Raises:

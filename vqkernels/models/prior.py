@@ -126,7 +126,7 @@ def bits_per_code(logits: Tensor, codes: Tensor) -> Tensor:
 def check_labels(model: CodePrior, labels: Tensor | None, batch: int) -> None:
     """Raise ValueError unless labels are (batch,) and in range, or None for a prior without classes.
 
-    With `label_dropout`, -1 stands for no label. The range is checked on the CPU alone.
+    With `label_dropout`, -1 means no label. The range is checked on the CPU alone.
     """
     if labels is None:
         if model.num_classes is not None:

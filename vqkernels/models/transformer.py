@@ -131,7 +131,7 @@ class TransformerPrior(CodePrior):
         """Logits (B, K, H, W) of codes (B, H, W) int64 given labels (B,); those at a position depend on earlier ones.
 
         Args:
-            labels: for a class-conditional prior; with `label_dropout`, -1 stands for no label.
+            labels: for a class-conditional prior; with `label_dropout`, -1 means no label.
 
         Raises:
             ValueError: codes have the wrong shape or are larger than max_grid, or labels are missing, not expected or

@@ -35,7 +35,7 @@ class VQVAE(Autoencoder):
         residual_channels: width inside a residual block; `hidden_channels` (the paper) when None.
         beta: weight of the commitment loss.
         ema_decay: None trains the codebook by the paper's codebook loss; a float by moving averages (appendix A.1).
-        init, revive: how the codes begin, and what becomes of those that nobody uses; see `VectorQuantizer`.
+        init, revive: how the codes start, and what happens to unused ones; see `VectorQuantizer`.
         likelihood: None: the decoder gives the image, trained by its squared error. A name: it gives the parameters of
             a distribution over 8-bit images (`vqkernels.models.likelihoods`), trained by -log p(x | codes), and
             `bits_per_dim` can be asked for. A `Likelihood`, such as an `AutoregressiveDecoder`, is used as it is.
@@ -155,7 +155,7 @@ class VQVAE(Autoencoder):
         return bits_per_dimension(nats, dimensions) + bits_per_code * indices[0].numel() / dimensions
 
     def log_prob(self, x: Tensor, indices: Tensor) -> Tensor:
-        """log p(x | codes), (B,) in nats, of images x (B, C, H, W) and codes (B, h, w), whosesoever they are.
+        """log p(x | codes), (B,) in nats, of images x (B, C, H, W) and any codes (B, h, w).
 
         Raises:
             ValueError: the model has no likelihood, or images of this size do not have (h, w) codes.

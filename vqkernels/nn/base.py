@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..backends import registry
 from ..ops.checks import GRADIENTS, METRICS, PRECISIONS, check_choice
-from .checks import check_decay, check_int, check_number, check_positive, check_seed, check_size
+from .arguments import check_decay, check_int, check_number, check_positive, check_seed, check_size
 from .learning import Seen, TrainedCodebook
 from .normalisation import unit
 from .projection import channels_at, project, project_codes

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_codes, check_number
-from .draws import fill_seed_
+from .arguments import check_codes, check_number
 from .freezing import Freezable
 from .loading import explain_keys, explain_sizes
 from .metrics import Counted
 from .normalisation import unit
 from .pending import Pending
+from .random import fill_seed_
 from .synchronisation import Ranks
 from .wide import WideBuffers
 
@@ -145,7 +145,7 @@ class CodebookState(Counted, Freezable, WideBuffers):
     def requires_grad_(self, requires_grad: bool = True) -> "CodebookState":
         """As for every module; False also freezes a codebook that is trained by moving averages.
 
-        `requires_grad_` of a model around the layer reaches Parameters only, and such a codebook is none.
+        `requires_grad_` of a model around the layer reaches Parameters only. Such a codebook is a buffer.
         """
         if self.ema_decay is not None:
             self.frozen = not requires_grad
@@ -160,7 +160,7 @@ class CodebookState(Counted, Freezable, WideBuffers):
         return unit(self.codebook) if self._cosine else self.codebook
 
     def _forget(self) -> None:
-        """Drops what the host remembers of tensors that were filled anew."""
+        """Drops what the host remembers of tensors that have new contents."""
         if getattr(self, "_owner", None) is None or self._owner.device != self.codebook.device:
             self._owner = torch.empty(0, device=self.codebook.device)
         self._pending = self._no_statistics() if self._manual else None

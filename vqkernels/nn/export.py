@@ -1,8 +1,8 @@
 """Plain PyTorch in place of the library's operators, for programs that must run without it.
 
-`torch.onnx.export` needs nothing of this: it is given plain PyTorch by itself, whether `dynamo=True` or `dynamo=False`;
-the latter passes keyword-only arguments by position, so that it takes a model around a layer, but no layer alone.
-A program of `torch.export` holds the operators of the library; this takes them out, for ONNX or another engine:
+`torch.onnx.export` does not need this: the layers give it plain PyTorch, with `dynamo=True` and with `dynamo=False`.
+The latter passes keyword-only arguments by position, so it exports a model around a layer, but not a layer alone.
+A program of `torch.export` holds the operators of the library; this replaces them, for ONNX or another engine:
 
     program = torch.export.export(model.eval(), (z,)).run_decompositions(vqkernels.nn.export.decompositions())
     torch.onnx.export(program, dynamo=True).save("model.onnx")

@@ -1,4 +1,4 @@
-"""The residual layer over groups of channels, each with a stack of its own (Yang et al. 2023, "HiFi-Codec")."""
+"""The residual layer over groups of channels: each group has its own stack (Yang et al. 2023, "HiFi-Codec")."""
 
 from typing import Any
 

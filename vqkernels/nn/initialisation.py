@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ops.kmeans import kmeans
-from .draws import count_rows, draw_positions, hashed, take_rows
-from .residuals import next_residual
+from .random import count_rows, draw_positions, hashed, take_rows
 from .rows import Rows
+from .stack_residuals import next_residual
 from .synchronisation import DEFAULT, Ranks
 
 ROWS_PER_CODE = 256

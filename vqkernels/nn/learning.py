@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..ops.recomputation import as_seen, change, enter
 from .codebook import CodebookState
-from .draws import count_rows
 from .ema import ema_update_
 from .freezing import untouched
 from .initialisation import initial_codes
+from .random import count_rows
 from .revival import (
     Candidates,
     draw_candidates,

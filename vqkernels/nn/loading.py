@@ -1,7 +1,7 @@
-"""What a state dict that does not fit a layer should have been, in sentences that say what to do.
+"""Explains why a state dict does not fit a layer, and what to do.
 
-Wrong sizes are errors whatever the caller asked for. Missing and unexpected keys are errors only with strict=True, of
-which a module is not told: their sentence travels with the key, an `ExplainedKey`, into torch's message.
+Wrong sizes are always errors. Missing and unexpected keys are errors only with strict=True, which a module does not
+know. Their explanation is therefore part of the key, an `ExplainedKey`, and torch puts it into its message.
 """
 
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from torch import Tensor
 
 
 class ExplainedKey(str):
-    """A key that equals its name and, in an f-string, tells what to do about it."""
+    """A key that equals its name; in an f-string an explanation follows it."""
 
-    sentence: str
+    explanation: str
 
-    def __new__(cls, key: str, sentence: str) -> "ExplainedKey":
+    def __new__(cls, key: str, explanation: str) -> "ExplainedKey":
         explained = super().__new__(cls, key)
-        explained.sentence = sentence
+        explained.explanation = explanation
         return explained
 
     def __format__(self, spec: str) -> str:
-        return f"{format(str(self), spec)}: {self.sentence}"
+        return f"{format(str(self), spec)}: {self.explanation}"
 
 
 def explain_sizes(state: Mapping[str, Any], prefix: str, codebook: Tensor, axes: tuple[str, ...]) -> list[str]:
-    """A sentence where the saved codebook is not of this layer's shape, whose axes have these names."""
+    """The error where the saved codebook does not have this layer's shape, whose axes have these names."""
     name = f"{prefix}codebook"
     saved = state.get(name)
     if not isinstance(saved, Tensor) or saved.shape == codebook.shape:
@@ -49,10 +49,10 @@ def explain_sizes(state: Mapping[str, Any], prefix: str, codebook: Tensor, axes:
     return [f"{name} was saved with {' and '.join(differ)}: build the layer with the checkpoint's sizes."]
 
 
-# Counters of draws, and how the codes began: what a layer has and a checkpoint has not stays as it is.
+# Counters of draws. Where a checkpoint lacks them, the layer keeps its own.
 _OF_TRAINING = frozenset({"seed", "sample_steps", "dropout_steps"})
 _USAGE = frozenset({"ema_counts", "ema_steps"})
-_SENTENCES = {
+_EXPLANATIONS = {
     ("ema_sums", True): (
         "this layer has ema_decay set, but the codebook was trained by gradient; build it with ema_decay=None, or "
         "load with strict=False to go on by moving averages, in which each loaded code weighs as much as one row"
@@ -73,10 +73,10 @@ _SENTENCES = {
 
 
 def explain_keys(keys: list[str], prefix: str, missing: bool) -> None:
-    """Takes out, in place, the keys below `prefix` that do not matter, and lets those that do say what to do.
+    """Removes, in place, the keys below `prefix` that do not matter, and explains those that do.
 
-    A layer for decoding loads what a layer in training saved: counters of draws, the flag of an initialisation, and
-    the usage that revival looks at.
+    A layer for decoding loads what a layer in training saved. Counters of draws, the flag of an initialisation and the
+    usage that revival reads do not matter to it.
     """
     passed_over = _OF_TRAINING if missing else _OF_TRAINING | _USAGE | {"initialised"}
     averaged = f"{prefix}ema_sums" in keys
@@ -85,6 +85,6 @@ def explain_keys(keys: list[str], prefix: str, missing: bool) -> None:
         name = key[len(prefix) :] if key.startswith(prefix) else ""
         if name in passed_over:
             continue
-        sentence = None if averaged and name == "ema_counts" else _SENTENCES.get((name, missing))
-        kept.append(key if sentence is None else ExplainedKey(key, sentence))
+        explanation = None if averaged and name == "ema_counts" else _EXPLANATIONS.get((name, missing))
+        kept.append(key if explanation is None else ExplainedKey(key, explanation))
     keys[:] = kept

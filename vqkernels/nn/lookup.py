@@ -1,4 +1,4 @@
-"""Codes of indices: what decoding is."""
+"""Decoding: the codes of indices."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def _check_range(indices: Tensor, codebook_size: int, check: bool) -> None:
 
 
 def look_up(codes: Tensor, indices: Tensor) -> Tensor:
-    """Codes `(..., D)` of `indices`, of any integer dtype; -1 gives zeros, a value out of range NaN.
+    """Codes `(..., D)` of `indices`, of any integer dtype; -1 gives zeros, and a value out of range gives NaN.
 
     Args:
         codes: `(K, D)`, or `(H, K, D)` with H on the last axis of `indices`; the result is then `(..., H, D)`.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_size
+from .arguments import check_size
 from .synchronisation import Ranks
 
 
@@ -67,7 +67,7 @@ class CodebookUsage:
     Args:
         codebook_size: K.
         codebooks: sizes of the last axes of the indices that choose a codebook: `(Q,)` for the levels of a residual
-            layer, `(G, Q)` with groups, `(H,)` for heads with codebooks of their own; empty for one codebook.
+            layer, `(G, Q)` with groups, `(H,)` where each head has its codebook; empty for one codebook.
         process_group: the ranks whose rows count, as in `VectorQuantizer`.
     """
 

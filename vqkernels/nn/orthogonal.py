@@ -4,7 +4,7 @@ Bi-directional Image-Text Generation", section 3.2): codes that point apart."""
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number
+from .arguments import check_number
 from .normalisation import unit
 
 

@@ -1,4 +1,4 @@
-"""Statistics of this rank that wait for `update_codebook()`: plain tensors, which no wrapper broadcasts or averages."""
+"""Statistics of this rank until the next `update_codebook()`: plain tensors, which no wrapper sends or averages."""
 
 from typing import NamedTuple
 

@@ -14,10 +14,10 @@ def channels_at(x: Tensor, channel_dim: int) -> Tensor:
 
 
 def project_codes(linear: nn.Module, codes: Tensor, channel_dim: int = -1) -> Tensor:
-    """Applies `linear` along `channel_dim` of codes, which have a dtype of their own.
+    """Applies `linear` along `channel_dim` of codes, whose dtype may differ from the weight's.
 
-    They are cast to the dtype of the weight. A quantized Linear takes float32 as it comes: its weight is no floating
-    tensor, or is a method.
+    They are cast to the dtype of the weight. A quantized Linear takes float32 without a cast: its weight is not a
+    floating tensor, or is a method.
     """
     weight = getattr(linear, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():

@@ -1,4 +1,4 @@
-"""The residual layer: a stack of codebooks, each quantizing what its predecessors left, in one operator call."""
+"""The residual layer: a stack of codebooks, each quantizes what the levels before it left, in one operator call."""
 
 import math
 from typing import Any
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from ..ops.recomputation import advance
 from ..ops.residual import residual_quantize_with_statistics
+from .arguments import check_codes, check_flag, check_number, check_size
 from .base import CodebookQuantizer, Forward, shown_defaults
-from .checks import check_codes, check_flag, check_number, check_size
-from .draws import hashed
 from .initialisation import initial_stack
 from .lookup import check_stack_indices, sum_codes
-from .residuals import residual_candidates
+from .random import hashed
 from .revival import Candidates
 from .rows import Rows
+from .stack_residuals import residual_candidates
 
 
 class ResidualVectorQuantizer(CodebookQuantizer):
     """Residual vector quantization (Zeghidour et al. 2021, "SoundStream: An End-to-End Neural Audio Codec").
 
-    Level q quantizes r_q, the rest that levels 0 to q - 1 left of z, and `quantized` is the sum of all codes. Search,
+    Level q quantizes r_q, what levels 0 to q - 1 left of z; `quantized` is the sum of all codes. Search,
     look-up, losses and statistics of all levels are one call, and with a process group their statistics one all-reduce.
 
     Args:
@@ -30,7 +30,7 @@ class ResidualVectorQuantizer(CodebookQuantizer):
         levels: Q.
         codebook_dim: D, channels of the codes; `dim / groups` when None. Where `groups * codebook_dim` is not `dim`,
             linear maps `project_in` and `project_out` lead into the space of the codes and back.
-        groups: G, into how many equal parts the channels are split, each with a stack of its own.
+        groups: G, into how many equal parts the channels are split; each has its own stack.
         shared_codebook: one codebook for all levels of a stack instead of one per level.
         dropout: quantizer dropout (Kumar et al. 2023, "High-Fidelity Audio Compression with Improved RVQGAN"): the
             fraction of the elements of z's first axis that pass, in a training forward, only the first n levels, n

@@ -3,12 +3,12 @@
 A code is dead when its moving count n_k is below `threshold` times the mean over all codes: usage relative to uniform,
 whatever the batch size, and the start-up factor 1 - g^t cancels. A revived code takes the vector e_k = r of a drawn
 row, the mean count n_k = sum n / K, and m_k = n_k r, so the next moving average continues from there instead of
-overwriting it, and the code has about log(threshold) / log(g) steps to find rows of its own.
+overwriting it, and the code has about log(threshold) / log(g) steps to gain rows.
 
-Where the codebook is trained by gradient there is no m, n decays by 0.99 a step, and the optimizer is not told: its
-moments of a dead code have decayed with the code's gradients, so the first steps after a revival are ordinary ones.
+Where the codebook is trained by gradient there is no m, and n decays by 0.99 a step. The optimizer's moments are not
+changed: those of a dead code have decayed with its gradients, so the first steps after a revival are ordinary ones.
 
-Rows are drawn on the device without a synchronisation (`vqkernels.nn.draws`): at most 1024 a step, each at most once,
+Rows are drawn on the device without a synchronisation (`vqkernels.nn.random`): at most 1024 a step, each at most once,
 never a masked row, never one with a NaN or an infinity. Ranks that agree on seed and step revive the same codes with
 the same rows: one all-reduce of fixed size in every step, whether or not a code is dead.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .draws import count_rows, draw_positions, hashed, take_rows
+from .random import count_rows, draw_positions, hashed, take_rows
 from .rows import Rows
 from .synchronisation import DEFAULT, Ranks
 

@@ -13,7 +13,7 @@ class Scalar:
     nothing waits for a device.
 
     Args:
-        check: called with the name and a new value; raises where it is none that the layer takes.
+        check: called with the name and a new value; raises where the layer does not take it.
     """
 
     def __init__(self, check: Callable[[str, Any], None]) -> None:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..ops.quantize import quantize_with_statistics
 from ..ops.recomputation import change, enter
+from .arguments import check_size
 from .base import check_common
-from .checks import check_size
 from .freezing import Freezable, untouched
 from .lookup import check_indices, look_up
 from .metrics import Counted

@@ -1,6 +1,6 @@
 """Sums and samples over the ranks of a process group: packed, of fixed shape, and the same bits everywhere.
 
-Whether a group exists is asked when a function is called, never at construction. Nothing here depends on data: every
+Whether a group exists is checked when a function is called, never at construction. Nothing here depends on data: every
 rank joins every collective with the same shapes, whatever rows it has.
 """
 
@@ -18,7 +18,7 @@ class Ranks:
         group: None for the default group wherever there is one, a `torch.distributed.ProcessGroup`, or False for no
             group. A rank that is not in the group learns alone.
 
-    Copies share the group. Pickles hold its name; where no group of that name exists, the default group is meant.
+    Copies share the group. Pickles hold its name; where no group has that name, the default group takes its place.
     """
 
     def __init__(self, group: Any = None) -> None:

@@ -8,13 +8,13 @@ from torch import Tensor
 from ..ops.quantize import quantize_with_statistics
 from ..ops.recomputation import advance
 from ..ops.sample import sample_code
+from .arguments import check_codes, check_flag, check_number, check_positive, check_size
 from .base import CodebookQuantizer, shown_defaults
-from .checks import check_codes, check_flag, check_number, check_positive, check_size
-from .draws import step_key
 from .entropy import entropy_penalty
 from .learning import Seen
 from .lookup import check_indices, look_up
 from .normalisation import unit
+from .random import step_key
 from .rows import Rows
 from .scalar import Scalar
 from .synchronisation import global_rank
@@ -43,13 +43,13 @@ class VectorQuantizer(CodebookQuantizer):
             does, the nearest still in eval mode and with freeze.
         entropy_weight: None, or a number: in training mode the loss gains `entropy_weight * (sample_entropy -
             entropy_gamma * codebook_entropy)`, see `vqkernels.entropy_loss`, with the layer's metric (cosine: the
-            product of unit vectors), the mean over heads with codebooks of their own, and the rows of this rank alone.
+            product of unit vectors), the mean over the codebooks, and the rows of this rank alone.
             A codebook trained by moving averages gets no gradient; z does.
         entropy_gamma: how much even use of all codes counts beside decided rows.
         entropy_temperature: of the soft assignments, in units of the squared distance or the product.
         init: "uniform" starts the codes in [-1/K, 1/K]; "kmeans" computes them from the first training batch (see
             `vqkernels.nn.initialisation`).
-        revive: "off", or "rows": a code that is hardly used becomes a row of the batch (see `vqkernels.nn.revival`).
+        revive: "off", or "rows": a code with few rows becomes a row of the batch (see `vqkernels.nn.revival`).
         revive_threshold: how much of the mean usage of all codes a code needs to live, in (0, 1).
         seed: of every draw of the layer; None draws it from torch's default generator when the layer is built, so that
             layers differ and `torch.manual_seed` repeats them. It is a buffer, equal on all ranks like the codes.
@@ -59,7 +59,7 @@ class VectorQuantizer(CodebookQuantizer):
             False for this rank alone.
 
     State: see `vqkernels.nn.codebook.CodebookState`, and `project_in`, `project_out` where there are projections.
-    Floating buffers are never narrower than float32, whatever the module is cast to. With a process group (asked for in
+    Floating buffers are never narrower than float32, whatever the module is cast to. With a process group (looked up in
     every forward) the statistics of all ranks are summed, so every rank must call the layer equally often; a rank
     without rows calls it with an empty z. FSDP2 drops what a forward writes into a Parameter: with it, init="kmeans"
     and revive="rows" need ema_decay.
@@ -135,7 +135,7 @@ class VectorQuantizer(CodebookQuantizer):
         """A layer that starts from given codes.
 
         Args:
-            codes: `(K, D)`, or `(H, K, D)` for heads with codebooks of their own.
+            codes: `(K, D)`, or `(H, K, D)` for one codebook per head.
             weight: rows that each code counts for in the moving averages, see `set_codebook`.
             options: the other arguments of the layer; `dim` is D times the heads unless it is given.
         """

@@ -17,10 +17,10 @@ def wide_dtype() -> torch.dtype:
 
 
 class WideBuffers(nn.Module):
-    """A module whose own floating buffers are never narrower than float32; its Parameters and children are not changed.
+    """A module whose floating buffers are never narrower than float32; its Parameters and children are not changed.
 
-    Casts and `load_state_dict` keep to it by themselves. What replaces a buffer without calling the module is found by
-    `widen_buffers`, with which every forward in training begins.
+    Casts and `load_state_dict` keep this. `widen_buffers` finds what was replaced without a call of the module; every
+    forward in training begins with it.
     """
 
     def widen_buffers(self) -> None:

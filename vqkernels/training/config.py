@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tomli_w
 import tyro
 
+from vqkernels.training.acceleration import SpeedConfig
 from vqkernels.training.errors import UserError
-from vqkernels.training.speed import SpeedConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,7 +23,6 @@ else:
     import tomli as tomllib
 
 Schedule = Literal["constant", "cosine"]
-Stage = Literal["vqvae", "prior"]
 Parallel = Literal["ddp", "fsdp"]
 PriorModel = Literal["pixelcnn", "transformer"]
 FORMAT = "vqkernels-run-1"

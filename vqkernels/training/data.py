@@ -1,7 +1,7 @@
 """Images from a source named by one string.
 
 Sources: `digits` (1,797 scanned 8x8 digits that scikit-learn ships), a folder of images, an `.npz` or `.npy` file, IDX
-files (a folder of them or one file), a folder of CIFAR-10 batches, `hf:NAME` by way of the `datasets` library. Models
+files (a folder of them or one file), a folder of CIFAR-10 batches, `hf:NAME` through the `datasets` library. Models
 see the pixels scaled to [-1, 1].
 """
 
@@ -40,7 +40,7 @@ class ImageData:
         return self.train.pixels.shape[2], self.train.pixels.shape[3]
 
     def fingerprint(self) -> str:
-        """A hash of the training images and labels, which tells whether a resumed run sees the same data."""
+        """A hash of the training images and labels, which differs where a resumed run sees other data."""
         digest = hashlib.blake2b(repr((tuple(self.train.pixels.shape), self.class_names)).encode(), digest_size=16)
         digest.update(self.train.pixels.numpy().data)
         if self.train.labels is not None:

@@ -1,8 +1,8 @@
-"""A loss that is no longer finite: the step at which it came, and a file from which it can be had again.
+"""A loss that is no longer finite: its step, and a file that reproduces it.
 
 diverged_STAGE_STEP.safetensors    the batch: `indices`, `pixels`, and `labels` or `codes` where there are any; under
-                                   `model.` the weights that met it, unless they are not finite themselves. The header
-                                   has the configuration, stage, step, seed and loss.
+                                   `model.` the weights before the step, if they are finite. The header has the
+                                   configuration, stage, step, seed and loss.
 """
 
 from pathlib import Path

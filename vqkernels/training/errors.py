@@ -1,18 +1,18 @@
-"""Errors that are one sentence: mistakes in what was asked for, and what no program can mend."""
+"""Errors without a traceback: wrong arguments, a full disk, a loss that is not finite."""
 
 
 class UserError(ValueError):
-    """What is wrong and what to do about it, in one sentence. The command line prints it without a traceback."""
+    """What is wrong and what to do about it. The command line prints it without a traceback."""
 
     status = 2  # what the command line exits with
 
 
-class ToldElsewhere(UserError):
-    """The mistake that another process of the same run has made, and prints."""
+class ReportedElsewhere(UserError):
+    """The error of another process of the same run, which prints it."""
 
 
 class DiskFull(UserError):
-    """Nothing more can be written; what was there before is whole."""
+    """Nothing more can be written; earlier files are whole."""
 
     status = 1
 

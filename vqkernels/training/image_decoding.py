@@ -1,4 +1,4 @@
-"""One encoded image, from a file or from bytes: few formats, a bounded size, one sentence when it cannot be read."""
+"""One encoded image, from a file or from bytes: few formats, a bounded size, a short error when it cannot be read."""
 
 from io import BytesIO
 from pathlib import Path

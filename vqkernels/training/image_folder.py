@@ -61,13 +61,13 @@ def open_folder(root: Path, color: Color = "auto") -> Splits:
 
     `root/*` are images without classes, `root/CLASS/**` images with classes, and `root/train/...` beside
     `root/test/...` (or val, validation) two splits of either kind. Classes are sorted by name, numbers by value.
-    `image_decoding.decode_image` says what becomes of their pixels.
+    see `image_decoding.decode_image` for their pixels.
 
     Args:
         color: grey, rgb, rgba, or auto: grey if every image is, else rgb.
 
     Raises:
-        UserError: there is no image, one cannot be read, or the layout is none of these.
+        UserError: there is no image, one cannot be read, or the layout is not one of these.
     """
     files = _list_images(root)
     if not files:

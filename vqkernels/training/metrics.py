@@ -1,8 +1,7 @@
 """Metrics of a run: `metrics.jsonl` and TensorBoard, both cut back to the last checkpoint when the run resumes.
 
-A full disk ends no training here: there is one warning, and the lines wait in memory until there is room. That a
-checkpoint cannot be written is another matter, and the training's to tell. TensorBoard's events hold nothing that
-`metrics.jsonl` and the pictures have not; once they cannot be written, they end.
+A full disk does not end the training here: there is one warning, and the lines wait in memory until there is room.
+TensorBoard's events repeat what is in `metrics.jsonl` and the pictures; once they cannot be written, they end.
 """
 
 import json
@@ -91,5 +90,5 @@ class MetricsLog:
         _warn(f"TensorBoard's events of the {self.stage} cannot be written ({error.strerror}) and end here")
 
 
-def _warn(sentence: str) -> None:
-    tqdm.write(f"warning: {sentence}", file=sys.stderr)
+def _warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """FSDP2: every process holds a part of the weights, their gradients and the optimizer's state.
 
-What is trained is a sharded copy. The whole model stays beside it on the CPU, and is brought up to date when it is
-looked at: for evaluations, pictures, checkpoints and at the end. Checkpoints are those of one process, weights and
+What is trained is a sharded copy. The whole model stays beside it on the CPU, and is updated when it is
+needed: for evaluations, pictures, checkpoints and at the end. Checkpoints are those of one process, weights and
 optimizer alike, so a run may change its number of processes and its way to use them.
 """
 
@@ -23,7 +23,7 @@ def shard(model: nn.Module, device: torch.device, number: int) -> nn.Module:
     sharded = copy.deepcopy(model)
     model.cpu()
     for parameter in sharded.parameters():
-        parameter.data = parameter.data.contiguous()  # FSDP2 takes no other
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes contiguous ones only
     mesh = init_device_mesh(device.type, (number,))
     for part in sharded.modules():
         if isinstance(part, (nn.ModuleList, nn.Sequential)):

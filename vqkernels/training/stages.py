@@ -23,7 +23,7 @@ CLASSES_DRAWN = 16
 
 
 class TrainingStage(Protocol):
-    """What the loop asks of a stage."""
+    """What a stage gives to the loop."""
 
     name: str
 
@@ -148,7 +148,7 @@ class PriorStage:
         """Mean negative log-likelihood of a code, in nats."""
         batch = codes[indices].to(self.device)
         logits = model(batch, None if labels is None else labels[indices].to(self.device))
-        return F.cross_entropy(logits.float(), batch)  # of logits that mixed precision made shorter, too
+        return F.cross_entropy(logits.float(), batch)  # mixed precision gives narrower logits
 
 
 @torch.no_grad()

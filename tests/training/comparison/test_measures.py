@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from vqkernels.models import VAE
-from vqkernels.training.build import build_vae, load_models
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
 from vqkernels.training.comparison.contenders import CONTINUOUS, EMA, GRADIENT
 from vqkernels.training.comparison.measures import features, measure_vae
 from vqkernels.training.comparison.run import SHOWN
 from vqkernels.training.config import read_config
+from vqkernels.training.model_building import build_vae, load_models
 
 CPU = torch.device("cpu")
 FOLDERS = {GRADIENT: "vq_vae_gradient", EMA: "vq_vae_ema", CONTINUOUS: "vae"}

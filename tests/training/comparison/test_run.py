@@ -9,13 +9,13 @@ import pytest
 import torch
 from training.comparison.conftest import synthetic, tiny_settings
 
-from vqkernels.training.build import load_models, load_vqvae
 from vqkernels.training.comparison.contenders import CONTINUOUS, EMA, GRADIENT, Interrupted
 from vqkernels.training.comparison.run import compare, data_name
 from vqkernels.training.comparison.settings import settings_for
 from vqkernels.training.data import ImageData
 from vqkernels.training.errors import UserError
 from vqkernels.training.images import ImageSet
+from vqkernels.training.model_building import load_models, load_vqvae
 
 
 def test_the_results_are_on_the_disk(compared):

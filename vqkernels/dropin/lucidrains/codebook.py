@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...nn.draws import count_rows, hashed
 from ...nn.initialisation import sample_rows
+from ...nn.random import count_rows, hashed
 from ...nn.revival import Candidates, draw_candidates, draw_candidates_over_ranks
 from ...nn.rows import Rows
 from ...nn.synchronisation import one_hot_rank, sum_over_ranks, world_size

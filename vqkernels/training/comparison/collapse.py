@@ -1,4 +1,4 @@
-"""Posterior collapse: with a decoder that models the pixels by itself, does a model still use its latents?
+"""Posterior collapse: with a decoder that can model the pixels alone, does a model still use its latents?
 
 Three models with the same `AutoregressiveDecoder`: alone (its condition is zero), behind a VAE's latents, and behind a
 VQ-VAE's codes. Measured are the divergence, the active units, and how many bits the likelihood of an image loses when
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from vqkernels.models import VAE, VQVAE, AutoregressiveDecoder
 from vqkernels.models.vae import active_units, kl_from_standard_normal
 from vqkernels.nn import metrics
-from vqkernels.training.build import build_vae, build_vqvae, pick_device
 from vqkernels.training.checkpoint import ImageFormat, holds_run
 from vqkernels.training.comparison.contenders import DECAY, Interrupted, Workshop, configuration
 from vqkernels.training.comparison.measures import batches
@@ -25,6 +24,7 @@ from vqkernels.training.config import RunConfig, VQVAEConfig
 from vqkernels.training.data import ImageData
 from vqkernels.training.images import ImageSet
 from vqkernels.training.loop import train_stage
+from vqkernels.training.model_building import build_vae, build_vqvae, pick_device
 from vqkernels.training.stages import TrainingStage, VQVAEStage, chunks, spread
 from vqkernels.training.vae_stage import VAEStage
 

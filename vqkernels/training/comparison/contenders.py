@@ -1,6 +1,6 @@
 """The contenders: a VQ-VAE whose codebook learns by gradient, one by moving averages, and a VAE; all else is equal.
 
-Each has a run directory, so that an interrupted comparison goes on where it was. The VQ-VAEs' can be sampled and
+Each has a run directory, so that an interrupted comparison resumes. The VQ-VAEs' can be sampled and
 encoded with like any other run.
 """
 
@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from vqkernels.models import VAE, VQVAE, Prior
-from vqkernels.training.build import build_vae, pick_device
 from vqkernels.training.checkpoint import ImageFormat, holds_run, write_atomically
 from vqkernels.training.comparison.settings import ComparisonSettings
 from vqkernels.training.config import RunConfig
@@ -26,6 +25,7 @@ from vqkernels.training.data import ImageData
 from vqkernels.training.errors import UserError
 from vqkernels.training.images import ImageSet
 from vqkernels.training.loop import train, train_stage
+from vqkernels.training.model_building import build_vae, pick_device
 from vqkernels.training.stages import spread
 from vqkernels.training.vae_stage import VAEStage
 
@@ -50,10 +50,10 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where a comparison trains, and how it tells of it."""
+    """Where a comparison trains, and how it reports."""
 
     settings: ComparisonSettings
-    data: ImageData  # without labels: a prior that is told the class is no p(x)
+    data: ImageData  # without labels: a prior that is given the class is not p(x)
     out: Path
     progress: bool
     should_stop: Callable[[], bool]

@@ -13,7 +13,7 @@ from vqkernels.training.report import Block, Document, Gallery, Heading, Listing
 
 PAPER = (("VAE", 4.51), ("VQ-VAE", 4.67), ("VIMCO", 5.14))  # van den Oord et al. 2017, section 4.1
 GOAL = 0.3  # bits per dimension that the VQ-VAE may lie above the VAE
-COLLAPSED = 1.0  # bits of an image: a divergence below it tells next to nothing of the image
+COLLAPSED = 1.0  # bits per image: below it the latents hold next to nothing of the image
 
 
 def document(found: Comparison, pictures: Pictures, facts: Mapping[str, str], command: str) -> Document:

@@ -72,7 +72,7 @@ def compare(
         data: with labels, where the probe is to have them; the models never see them.
         out: gets `runs/`, `images.npz`, `settings.json` and `results.json`.
         progress, should_stop: as in `loop.train`.
-        say: told what is being done.
+        say: called with what is being done.
 
     Raises:
         UserError: there are too few held-out images, or `out` holds something else.

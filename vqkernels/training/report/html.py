@@ -96,7 +96,7 @@ def _block(block: Block) -> str:
 
 
 def _table(table: Table) -> str:
-    kind = ' class="text"' if len(table.header) == 2 else ""  # names and what they stand for
+    kind = ' class="text"' if len(table.header) == 2 else ""  # names and their meaning
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     rows = "\n".join(_row(row, "td") for row in table.rows)
     return (

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 INK = "#010203"  # lines and letters; in the SVG it becomes the page's own color
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by the color-blind, on white and on black
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # distinct for the color-blind, on white and on black
 STYLE: Any = {
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -41,7 +41,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], *, across: str, u
 
 
 def bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], *, across: str) -> Figure:
-    """Horizontal bars, one for each row; the parts of a row follow one another, and their sum stands at the end."""
+    """Horizontal bars, one for each row; the parts of a row follow one another, and their sum is at the end."""
     with matplotlib.rc_context(STYLE):
         figure, axis = _figure(0.9 + 0.42 * len(rows))
         left = [0.0] * len(rows)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vqkernels.models import VQVAE
-from vqkernels.training.codes import CodesDirectory, CodesIndex, fingerprint
+from vqkernels.training.code_shards import CodesDirectory, CodesIndex, fingerprint
 from vqkernels.training.errors import UserError
 
 CONTAINERS = ("npy", "parquet")

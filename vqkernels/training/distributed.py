@@ -1,7 +1,7 @@
-"""Several processes that train together, as `torchrun` starts them: who writes, what is agreed, and on which rows.
+"""Several processes that train together, started by `torchrun`: who writes, what they agree on, whose rows are whose.
 
-Everything here does nothing where there is one process. What only one process may do (look at the run directory, write
-to it) is done by the first; its result, or its mistake, is known to all, so that none waits for one that has left.
+With one process nothing here does anything. The first process alone reads the run directory and writes to it. All get
+its result or its error, so that none waits for one that has left.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vqkernels.training.config import Parallel
-from vqkernels.training.errors import ToldElsewhere, UserError
+from vqkernels.training.errors import ReportedElsewhere, UserError
 from vqkernels.training.sharding import shard
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Ranks:
         """This process's part of a batch; the parts are equally large.
 
         Raises:
-            UserError: the batch cannot be parted so.
+            UserError: the batch cannot be divided equally.
         """
         if len(indices) % self.number:
             raise UserError(f"a batch of {len(indices)} images cannot be shared by {self.number} processes equally")
@@ -65,7 +65,7 @@ class Ranks:
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def on_first(self, action: Callable[[], T]) -> T | None:
-        """What the first process did; the others get None, and its mistake if it made one."""
+        """Runs the action on the first process; the others get None, or its error."""
         result, problem = None, None
         if self.first:
             try:
@@ -75,21 +75,21 @@ class Ranks:
                     raise
                 problem = error
         if self.number > 1:
-            told = [None if problem is None else str(problem)]
-            dist.broadcast_object_list(told, src=0, group=self._group)
+            message = [None if problem is None else str(problem)]
+            dist.broadcast_object_list(message, src=0, group=self._group)
             if problem is not None:
                 raise problem
-            if told[0] is not None:
-                raise ToldElsewhere(told[0])
+            if message[0] is not None:
+                raise ReportedElsewhere(message[0])
         return result
 
     def any(self, flag: bool) -> bool:
-        """Whether one of them says so."""
+        """Whether the flag is True on one of them."""
         if self.number == 1:
             return flag
-        said = torch.tensor([int(flag)])
-        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(said)
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flags)
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean of every value over the processes."""
@@ -110,9 +110,9 @@ class Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The processes that `torchrun` started, in a process group of their own; this one alone without it.
+    """The processes that `torchrun` started, in a new process group; this one alone without it.
 
-    A group that exists already is used, and left as it is.
+    A group that exists already is used and stays.
     """
     number = int(os.environ.get("WORLD_SIZE", 1))
     if not dist.is_available() or (number == 1 and not dist.is_initialized()):

@@ -2,11 +2,11 @@
 
     index.json               what the codes are, written first; every process writes the same bytes
     codes-000000.npy         (n, h, w) uint16, or int32 where the codebook has more than 65,536 codes
-    labels-000000.npy        (n,) int64, where the images have labels; behind both arrays stands a checksum
+    labels-000000.npy        (n,) int64, where the images have labels; a checksum follows both arrays
     codes-000000.parquet     instead of both, with --container parquet: columns `codes` (a list of h * w) and `label`
 
 Shard k holds images k * shard_images and following, in the order of the source, so which shards are missing can be seen
-from the directory alone: a killed run goes on where it was, ranks share the shards without talking to one another, and
+from the directory alone: a killed run resumes there, ranks share the shards without communicating, and
 no image can be lost or written twice. A shard is moved into place when it is whole.
 """
 
@@ -30,7 +30,7 @@ from vqkernels.training.errors import UserError
 
 FORMAT = "vqkernels-codes-1"
 Container = Literal["npy", "parquet"]
-SEAL = b"crc32"  # behind an array, then four bytes of it, little-endian; readers of .npy look no further than the array
+SEAL = b"crc32"  # behind an array, then four bytes of it, little-endian; readers of .npy stop at the end of the array
 MAX_COUNT = 1 << 40
 MAX_SHARDS = 1 << 20
 
@@ -237,18 +237,18 @@ def _save(file: BinaryIO, array: np.ndarray) -> None:
 
 
 def _check_seal(path: Path) -> None:
-    """Raise ValueError if what stands before the checksum of a file has changed; an array of others may have none."""
+    """Raise ValueError if the bytes before the checksum of a file have changed; other programs write no checksum."""
     size = path.stat().st_size - len(SEAL) - 4
     if size < 0:
         return
     with path.open("rb") as file:
         file.seek(size)
         seal, sum_of = file.read(len(SEAL)), 0
-        told = int.from_bytes(file.read(4), "little")
+        expected = int.from_bytes(file.read(4), "little")
         file.seek(0)
         while seal == SEAL and file.tell() < size:
             sum_of = zlib.crc32(file.read(min(size - file.tell(), 1 << 20)), sum_of)
-    if seal == SEAL and sum_of != told:
+    if seal == SEAL and sum_of != expected:
         raise ValueError(f"the checksum of {path.name} is not that of its bytes")
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from vqkernels.backends import registry
 from vqkernels.models import VAE, VQVAE, PixelCNN, Prior, TransformerPrior
 from vqkernels.models.likelihoods import Likelihood
+from vqkernels.training.acceleration import place
 from vqkernels.training.checkpoint import Export, ImageFormat, read_export
 from vqkernels.training.config import RunConfig
 from vqkernels.training.errors import UserError
-from vqkernels.training.speed import place
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.models import VQVAE
-from vqkernels.training.codes import CodesDirectory
+from vqkernels.training.code_shards import CodesDirectory
 from vqkernels.training.images import ImageSet, Source
 from vqkernels.training.pictures import to_pixels
 
@@ -32,7 +32,7 @@ def encode_shards(
     ranks: int = 1,
     encoded: Callable[[int], object] = lambda count: None,
 ) -> int:
-    """Writes what is missing or damaged, of `ranks` processes what falls to this one; memory is that of two shards.
+    """Writes missing and damaged shards, each by one of `ranks` processes; memory is that of two shards.
 
     Args:
         vqvae: in eval mode, on the device.

@@ -11,8 +11,8 @@ import torch
 
 from vqkernels.training.batches import Batches
 from vqkernels.training.checkpoint import read_export
+from vqkernels.training.distributed import Ranks
 from vqkernels.training.errors import UserError
-from vqkernels.training.ranks import Ranks
 
 OPTIONS = {
     "data": "digits",

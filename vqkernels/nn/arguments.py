@@ -1,4 +1,4 @@
-"""Checks of a layer's arguments: one sentence that names the argument, what was expected and what came."""
+"""Checks of a layer's arguments. An error names the argument, what was expected and what came."""
 
 import math
 from typing import Any
@@ -59,7 +59,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_codes(codes: Any, **options: tuple[Any, int]) -> None:
-    """Codes are a tensor, and their shape says the same as options: by name, what was given and what the shape says."""
+    """Codes are a tensor, and options agree with their shape: each name maps to (given value, size in the shape)."""
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes must be a tensor, got {type(codes).__name__}")
     for name, (given, size) in options.items():

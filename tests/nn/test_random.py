@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqkernels.nn.draws import count_rows, draw_positions, hashed, step_key, take_rows
+from vqkernels.nn.random import count_rows, draw_positions, hashed, step_key, take_rows
 from vqkernels.nn.rows import RowLayout, Rows
 
 

@@ -1,9 +1,8 @@
-"""Draws of rows: on the device, without a synchronisation, and the same on every rank.
+"""Random integers and random rows: on the device, without a synchronisation, and the same on every rank.
 
-A draw is a function of (seed, step, slot) and of how many rows there are, nothing else: no generator state, so ranks
-that agree on these agree on the rows. The hash stays below 2^63: no compiler meets a signed overflow. Positions are
-drawn by strata: slot j of C takes a row of [j n / C, (j + 1) n / C), so no row is drawn twice, and with n <= C every
-row is drawn exactly once.
+They depend on (seed, step, slot) and on how many rows there are. There is no generator state: ranks that agree on these
+agree on the rows. The hash stays below 2^63, so no int64 overflows. Rows are drawn by strata: slot j of C takes a row
+of [j n / C, (j + 1) n / C), so no row is drawn twice, and with n <= C every row is drawn exactly once.
 """
 
 import torch

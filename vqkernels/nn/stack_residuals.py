@@ -1,4 +1,4 @@
-"""What a stack of codebooks leaves of some rows, level by level; for the few rows that initialise or revive codes."""
+"""Residuals of rows at each level of a stack of codebooks, for the few rows that initialise or revive codes."""
 
 import torch
 from torch import Tensor

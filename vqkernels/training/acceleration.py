@@ -1,9 +1,8 @@
-"""How a step is computed: memory format, mixed precision, compilation, optimizer. What is learned differs by rounding.
+"""How a step is computed: memory format, mixed precision, compilation, optimizer. Results differ by rounding.
 
-The model itself is never wrapped or renamed, so a checkpoint has the same keys and shapes whatever is chosen here, and
-a run may be resumed with another choice. The memory format belongs to the model, and `build` gives it, by `place`,
-wherever a model is made or read; the rest belongs to the steps of training: everything else computes in float32,
-uncompiled.
+The model is never wrapped or renamed: a checkpoint has the same keys and shapes whatever is chosen here, and a run may
+be resumed with another choice. The memory format belongs to the model; `place` sets it wherever a model is built or
+read. The rest holds in training steps alone: everything else computes in float32, uncompiled.
 """
 
 import contextlib
@@ -73,7 +72,7 @@ class Speed:
         if config.compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError("--compile needs a C++ compiler: there is no g++, nor does CXX name one")
         if config.compile and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-            raise UserError("--compile needs Triton on a CUDA device: pip install 'vqkernels[triton]'")
+            raise UserError("--compile needs Triton on a CUDA device: pip install triton")
         self.config, self.device = config, device
         mixed = config.amp_stages == "all" or stage is None or (stage == "prior") == (config.amp_stages == "prior")
         self.amp = config.amp if mixed else "off"
@@ -96,7 +95,7 @@ class Speed:
             torch.compiler.cudagraph_mark_step_begin()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Where the loss is computed: convolutions and matrix products in the chosen type."""
+        """The context of the loss: convolutions and matrix products in the chosen type."""
         if self.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, TYPES[self.amp])

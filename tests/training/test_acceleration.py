@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from vqkernels.training import stages
-from vqkernels.training.build import build_vqvae, load_models, load_vqvae
+from vqkernels.training.acceleration import Speed, SpeedConfig
 from vqkernels.training.checkpoint import ImageFormat, read_export
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
 from vqkernels.training.data import load_images
 from vqkernels.training.errors import UserError
 from vqkernels.training.loop import train
-from vqkernels.training.speed import Speed, SpeedConfig
+from vqkernels.training.model_building import build_vqvae, load_models, load_vqvae
 from vqkernels.training.stages import encode
 
 CPU = torch.device("cpu")
