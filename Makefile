@@ -29,9 +29,9 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0a
 .NOTPARALLEL:
 
 # Torch first and pinned: the build compiles against it, and a bare `torch` would bring gigabytes of CUDA.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
+$(READY): pyproject.toml setup.py cuda_toolkit.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy "setuptools>=77" wheel pybind11
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,test]"
 	touch $(READY)
 
