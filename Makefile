@@ -35,11 +35,11 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0a
 define install
 	@echo "== $(VENV): torch and $(1), then the kernels are compiled; about $(2) minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy "setuptools>=77" wheel pybind11
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$(1)]"
 	touch $@
 endef
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
+SOURCES := pyproject.toml setup.py cuda_toolkit.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 
 $(READY): $(SOURCES)
 	$(call install,train$(COMMA)test,8)

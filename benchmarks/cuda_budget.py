@@ -3,8 +3,8 @@
     python -m benchmarks.cuda_budget            print the table
     python -m benchmarks.cuda_budget --write    also write benchmarks/results/cuda_budget.json
 
-Compiles every csrc/cuda/*.cu with nvcc and the flags of setup.py, once for every chip. What was compiled is kept in
-build/, keyed by the sources, the flags and nvcc's release. The kernels of CUB are not ours and are left out. The
+Compiles every csrc/cuda/*.cu with nvcc and the flags of cuda_toolkit.py, once for every chip. What was compiled is kept
+in build/, keyed by the sources, the flags and nvcc's release. The kernels of CUB are not ours and are left out. The
 search, whose loop is counted too, has a table of its own (benchmarks/cuda_search_budget.py).
 """
 
@@ -44,11 +44,11 @@ def release() -> str:
 
 
 def flags() -> list[str]:
-    """CUDA_FLAGS of setup.py."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+    """CUDA_FLAGS of cuda_toolkit.py."""
+    for node in ast.parse((ROOT / "cuda_toolkit.py").read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CUDA_FLAGS":
             return ast.literal_eval(node.value)
-    raise RuntimeError("setup.py has no CUDA_FLAGS")
+    raise RuntimeError("cuda_toolkit.py has no CUDA_FLAGS")
 
 
 def sources() -> list[Path]:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).parent / "results" / "cuda_search_budget.json"
 CHIPS = ("80", "90a", "100")
 SOURCES = ("search", "nearest")
-FLAGS = ["-std=c++17", "-O3", "-fmad=false"]  # those of setup.py, which a test compares
+FLAGS = ["-std=c++17", "-O3", "-fmad=false"]  # those of cuda_toolkit.py, which a test compares
 SCORES = 32 * 64 // 32  # 32 rows by 64 codes of a warp's pass, per lane
 
 

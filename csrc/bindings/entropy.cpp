@@ -1,9 +1,8 @@
 // vqkernels::entropy and its backward on the CPU: views, zeros for what does not count, NaN for what is not finite.
-#include "../cpu/entropy.h"
-
 #include <math.h>
 #include <string.h>
 
+#include "../cpu/kernels.h"
 #include "views.h"
 
 namespace vqkernels {
@@ -66,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> entropy_cpu(const Tensor& z_i
   for (int64_t head = 0; head < layout.heads; ++head) {
     const DefaultArithmetic arithmetic;
     const EntropyInputs inputs = inputs_of(z, layout, codebook, mask, head, metric, temperature);
-    const Entropies found = inputs.in_float ? entropies(inputs, active_entropy(), in_parallel)
+    const Entropies found = inputs.in_float ? entropies(inputs, active().entropy, in_parallel)
                                             : entropies(inputs, kEntropyDouble, in_parallel);
     double sum = 0.0, of_mean = 0.0;
     for (size_t i = 0; i < inputs.row.size(); ++i) {
@@ -137,7 +136,7 @@ std::tuple<Tensor, Tensor> entropy_backward_cpu(const Tensor& grad_sample_in, co
                                   : nullptr;
     const double of_sample = get(grad_sample, head), of_whole = get(grad_whole, head);
     if (inputs.in_float)
-      entropy_gradients(inputs, active_entropy(), known, of_sample, of_whole, target, out, in_parallel);
+      entropy_gradients(inputs, active().entropy, known, of_sample, of_whole, target, out, in_parallel);
     else
       entropy_gradients(inputs, kEntropyDouble, known, of_sample, of_whole, target, out, in_parallel);
   }

@@ -1,10 +1,19 @@
-// Plain-C facts about this build, read through ctypes: no Python and no tensor.
-#include "../cpu/level.h"
+// Facts about this build and this CPU as plain C functions, read through ctypes: no Python and no tensor.
+#include <string>
 
-extern "C" __attribute__((visibility("default"))) const char* vqkernels_simd_levels() {
-  using vqkernels::Level;
-  return vqkernels::has_level(Level::vnni)     ? "baseline avx2 avx512 vnni"
-         : vqkernels::has_level(Level::avx512) ? "baseline avx2 avx512"
-         : vqkernels::has_level(Level::avx2)   ? "baseline avx2"
-                                               : "baseline";
+#include "../cpu/kernels.h"
+#include "exported.h"
+#include "peak.h"
+
+// The SIMD levels of this CPU, lowest first, by spaces.
+EXPORTED const char* vqkernels_simd_levels() {
+  static const std::string names = [] {
+    std::string found;
+    for (const vqkernels::Level& level : vqkernels::levels()) found += (found.empty() ? "" : " ") + std::string(level.name);
+    return found;
+  }();
+  return names.c_str();
 }
+
+// The float32 multiply-add peak of the calling thread in operations per second, measured for about `seconds`.
+EXPORTED double vqkernels_fma_rate(double seconds) { return vqkernels::fma_rate(seconds); }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "../cpu/kernels.h"
 #include "views.h"
 
 namespace vqkernels {
@@ -16,7 +17,7 @@ std::tuple<Tensor, Tensor> nearest_cpu(const Tensor& z_in, const Tensor& codeboo
   if (mask) mask = torch::stable::contiguous(*mask);
   const Layout layout = layout_of(z, channel_dim, batched);
   check_search(layout, codebook, mask);
-  const Sweep& sweep = active_sweep();
+  const Sweep& sweep = active().sweep;
   const int64_t rows = layout.rows();
   Tensor indices = torch::stable::empty(row_sizes(z, channel_dim), ScalarType::Long);
   Tensor decided = torch::stable::empty({}, ScalarType::Long);

@@ -1,31 +1,21 @@
-// What the element-wise passes of a model share: element types, new tensors, threads and SIMD levels.
+// What the element-wise passes of a model share: element types, new tensors and threads.
 #pragma once
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
-#include "../cpu/level.h"
+#include "../cpu/kernels.h"
 #include "views.h"
 
 namespace vqkernels {
 
 constexpr int64_t kPassElements = 1 << 13;  // below, a second thread costs more than it gains
 
-// Runs pass_LEVEL(x, first, last) over [0, count) on torch's threads; `elements` of them are one item's.
-#if defined(__x86_64__)
-#define VQKERNELS_PASS(pass, x, count, elements)                                                     \
-  const Level level = active_level();                                                                \
-  const int64_t grain = std::max<int64_t>(1, kPassElements / std::max<int64_t>(1, elements));        \
-  parallel_for(count, grain, [&](int64_t first, int64_t last) {                                      \
-    if (level >= Level::avx512) return pass##_avx512(x, first, last);                                \
-    if (level == Level::avx2) return pass##_avx2(x, first, last);                                    \
-    pass##_baseline(x, first, last);                                                                 \
-  });
-#else
-#define VQKERNELS_PASS(pass, x, count, elements)                                                     \
-  const int64_t grain = std::max<int64_t>(1, kPassElements / std::max<int64_t>(1, elements));        \
-  parallel_for(count, grain, [&](int64_t first, int64_t last) { pass##_baseline(x, first, last); });
-#endif
+// Runs a kernel over [0, count) on torch's threads; one item of it is so many elements.
+template <class X> void run_pass(Pass<X> kernel, const X& x, int64_t count, int64_t elements) {
+  const int64_t grain = std::max<int64_t>(1, kPassElements / std::max<int64_t>(1, elements));
+  parallel_for(count, grain, [&](int64_t first, int64_t last) { kernel(x, first, last); });
+}
 
 template <class T> const T* read(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
 template <class T> T* written(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }

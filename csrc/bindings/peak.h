@@ -2,11 +2,8 @@
 // at the widest vector this CPU has whatever VQKERNELS_SIMD says. Current x86 cores start two a cycle and take four
 // cycles for each, so twelve chains keep both ports full. Sums stay finite: x -> x/2 + 1 tends to 2.
 #pragma once
-#include <math.h>
-
 #include <chrono>
 
-#include "../cpu/level.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -73,8 +70,8 @@ inline double fma_rate(double seconds) {
   float (*chains)(float) = chains_baseline;
   int lanes = 4;
 #if defined(__x86_64__)
-  if (has_level(Level::avx2)) chains = chains_avx2, lanes = 8;
-  if (has_level(Level::avx512)) chains = chains_avx512, lanes = 16;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) chains = chains_avx2, lanes = 8;
+  if (__builtin_cpu_supports("avx512f")) chains = chains_avx512, lanes = 16;
 #endif
   volatile float kept = chains(1.0f);  // volatile: the work must not be optimised away
   const auto start = Clock::now();

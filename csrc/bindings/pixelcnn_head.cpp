@@ -1,6 +1,4 @@
 // The passes of a PixelCNN's head on the CPU: shapes, new tensors, grids shared out over threads.
-#include "../cpu/pixelcnn_head.h"
-
 #include <tuple>
 
 #include "passes.h"
@@ -28,7 +26,7 @@ Tensor pixelcnn_rectify_cpu(const Tensor& x, const Tensor& bias, int64_t grids) 
     PixelCNNHead<T> pass = rows_of_grids<T>(x, grids);
     check_size(bias, x, pass.channels, "bias");
     pass.from = read<T>(x), pass.bias = read<T>(bias), pass.to = written<T>(out);
-    VQKERNELS_PASS(pixelcnn_rectify, pass, grids, pass.size * pass.channels)
+    run_pass(active().pixelcnn<T>().rectify, pass, grids, pass.size * pass.channels);
   });
   return out;
 }
@@ -42,7 +40,7 @@ std::tuple<Tensor, Tensor> pixelcnn_rectify_backward_cpu(const Tensor& grad, con
     using T = Element<decltype(type)>;
     PixelCNNHead<T> pass = rows_of_grids<T>(grad, grids);
     pass.from = read<T>(grad), pass.hidden = read<T>(hidden), pass.to = written<T>(out), pass.sums = written<T>(sums);
-    VQKERNELS_PASS(pixelcnn_rectify_backward, pass, grids, pass.size * pass.channels)
+    run_pass(active().pixelcnn<T>().rectify_backward, pass, grids, pass.size * pass.channels);
   });
   return {out, sums};
 }
@@ -58,7 +56,7 @@ Tensor pixelcnn_planes_cpu(const Tensor& x, const Tensor& bias, std::vector<int6
     PixelCNNHead<T> pass{};
     pass.size = grid[1] * grid[2], pass.channels = x.size(1);
     pass.from = read<T>(x), pass.bias = read<T>(bias), pass.to = written<T>(out);
-    VQKERNELS_PASS(pixelcnn_planes, pass, grid[0], pass.size * pass.channels)
+    run_pass(active().pixelcnn<T>().planes, pass, grid[0], pass.size * pass.channels);
   });
   return out;
 }
@@ -73,7 +71,7 @@ std::tuple<Tensor, Tensor> pixelcnn_planes_backward_cpu(const Tensor& grad) {
     PixelCNNHead<T> pass{};
     pass.size = size, pass.channels = grad.size(1);
     pass.from = read<T>(grad), pass.to = written<T>(out), pass.sums = written<T>(sums);
-    VQKERNELS_PASS(pixelcnn_planes_backward, pass, grids, pass.size * pass.channels)
+    run_pass(active().pixelcnn<T>().planes_backward, pass, grids, pass.size * pass.channels);
   });
   return {out, sums};
 }

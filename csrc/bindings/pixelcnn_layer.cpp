@@ -1,6 +1,4 @@
 // The passes of a PixelCNN layer on the CPU: shapes, new tensors, grids shared out over threads, SIMD level.
-#include "../cpu/pixelcnn_layer.h"
-
 #include <tuple>
 
 #include "passes.h"
@@ -41,7 +39,7 @@ std::tuple<Tensor, Tensor> pixelcnn_vertical_cpu(const Tensor& x, const Tensor& 
     const PixelCNNVertical<T> pass{g, transformed ? read<T>(x) : nullptr,
                                    transformed ? written<T>(above) : const_cast<T*>(read<T>(x)), read<T>(shift),
                                    last ? nullptr : written<T>(tiles)};
-    VQKERNELS_PASS(pixelcnn_vertical, pass, g.count, g.size() * twice)
+    run_pass(active().pixelcnn<T>().vertical, pass, g.count, g.size() * twice);
   });
   return {above, tiles};
 }
@@ -65,7 +63,7 @@ std::tuple<Tensor, Tensor> pixelcnn_vertical_backward_cpu(const Tensor& grad_abo
     const PixelCNNVerticalBackward<T> pass{g, last ? nullptr : read<T>(grad_tiles), read<T>(grad_above), read<T>(above),
                                            read<T>(shift), transformed ? written<T>(grad) : nullptr,
                                            transformed ? nullptr : written<T>(grad), written<T>(grad_shift)};
-    VQKERNELS_PASS(pixelcnn_vertical_backward, pass, g.count, g.size() * twice)
+    run_pass(active().pixelcnn<T>().vertical_backward, pass, g.count, g.size() * twice);
   });
   return {grad, grad_shift};
 }
@@ -82,7 +80,7 @@ Tensor pixelcnn_gate_cpu(const Tensor& left, const Tensor& shift, std::optional<
     using T = Element<decltype(type)>;
     const PixelCNNGate<T> pass{g, read<T>(left), read<T>(shift), scale ? read<T>(*scale) : nullptr, nullptr,
                                written<T>(gated), nullptr, nullptr};
-    VQKERNELS_PASS(pixelcnn_gate, pass, g.count, g.size() * 2 * g.channels)
+    run_pass(active().pixelcnn<T>().gate, pass, g.count, g.size() * 2 * g.channels);
   });
   return gated;
 }
@@ -103,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> pixelcnn_gate_backward_cpu(const Tensor& grad
     using T = Element<decltype(type)>;
     const PixelCNNGate<T> pass{g, read<T>(left), read<T>(shift), scale ? read<T>(*scale) : nullptr, read<T>(grad),
                                written<T>(gated), written<T>(grad_left), written<T>(grad_shift)};
-    VQKERNELS_PASS(pixelcnn_gate_backward, pass, g.count, g.size() * 2 * g.channels)
+    run_pass(active().pixelcnn<T>().gate_backward, pass, g.count, g.size() * 2 * g.channels);
   });
   return {grad_left, grad_shift, gated};
 }
@@ -122,7 +120,7 @@ std::tuple<Tensor, Tensor> pixelcnn_join_cpu(const Tensor& update, const Tensor&
     using T = Element<decltype(type)>;
     const PixelCNNJoin<T> pass{g, read<T>(update), read<T>(bias), residual ? read<T>(*residual) : nullptr,
                                last ? nullptr : written<T>(pairs), written<T>(features)};
-    VQKERNELS_PASS(pixelcnn_join, pass, g.count, g.size() * 2 * g.channels)
+    run_pass(active().pixelcnn<T>().join, pass, g.count, g.size() * 2 * g.channels);
   });
   return {pairs, features};
 }
@@ -138,7 +136,7 @@ Tensor pixelcnn_join_backward_cpu(const Tensor& grad_pairs, const Tensor& grad_f
   with_float(grad_features, [&](auto* type) {
     using T = Element<decltype(type)>;
     const PixelCNNJoinBackward<T> pass{g, last ? nullptr : read<T>(grad_pairs), read<T>(grad_features), written<T>(grad)};
-    VQKERNELS_PASS(pixelcnn_join_backward, pass, g.count, g.size() * 2 * g.channels)
+    run_pass(active().pixelcnn<T>().join_backward, pass, g.count, g.size() * 2 * g.channels);
   });
   return grad;
 }
@@ -152,7 +150,7 @@ Tensor pixelcnn_filters_cpu(const Tensor& weight_in) {
   with_float(weight, [&](auto* type) {
     using T = Element<decltype(type)>;
     const PixelCNNFilters<T> pass{outputs, channels, read<T>(weight), written<T>(filters)};
-    VQKERNELS_PASS(pixelcnn_filters, pass, outputs, 6 * channels)
+    run_pass(active().pixelcnn<T>().filters, pass, outputs, 6 * channels);
   });
   return filters;
 }
@@ -166,7 +164,7 @@ Tensor pixelcnn_filters_backward_cpu(const Tensor& grad) {
   with_float(grad, [&](auto* type) {
     using T = Element<decltype(type)>;
     const PixelCNNFilters<T> pass{outputs, channels, read<T>(grad), written<T>(weight)};
-    VQKERNELS_PASS(pixelcnn_filters_backward, pass, outputs, 6 * channels)
+    run_pass(active().pixelcnn<T>().filters_backward, pass, outputs, 6 * channels);
   });
   return weight;
 }
@@ -198,7 +196,7 @@ Tensor pixelcnn_taps_cpu(const Tensor& codes, const Tensor& table, std::vector<i
     using T = Element<decltype(type)>;
     PixelCNNTaps<T> pass = taps_of<T>(codes, table.size(0), kernel, table.size(2));
     pass.table = read<T>(table), pass.out = written<T>(out);
-    VQKERNELS_PASS(pixelcnn_taps, pass, pass.count, pass.height * pass.width * table.size(1) * table.size(2))
+    run_pass(active().pixelcnn<T>().taps, pass, pass.count, pass.height * pass.width * table.size(1) * table.size(2));
   });
   return out;
 }
@@ -213,7 +211,7 @@ Tensor pixelcnn_taps_backward_cpu(const Tensor& grad, const Tensor& codes, int64
     using T = Element<decltype(type)>;
     PixelCNNTaps<T> pass = taps_of<T>(codes, rows, kernel, grad.size(1));
     pass.grad = read<T>(grad), pass.grad_table = written<T>(out);
-    VQKERNELS_PASS(pixelcnn_taps_backward, pass, taps, grad.numel())
+    run_pass(active().pixelcnn<T>().taps_backward, pass, taps, grad.numel());
   });
   return out;
 }

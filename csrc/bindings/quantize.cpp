@@ -3,6 +3,7 @@
 #include "../cpu/quantize.h"
 
 #include "../cpu/codebook_cache.h"
+#include "../cpu/kernels.h"
 #include "../cpu/nearest.h"
 #include "segments.h"
 
@@ -29,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z_
   if (mask) mask = torch::stable::contiguous(*mask);
   const Layout layout = layout_of(z, channel_dim, batched);
   check_search(layout, codebook, mask);
-  const Sweep& sweep = active_sweep();
+  const Sweep& sweep = active().sweep;
   const int64_t rows = layout.rows(), size = codebook.size(codebook.dim() - 2);
   Tensor quantized = torch::stable::empty_like(z);
   const Tensor written = mergeable(quantized, channel_dim, batched);  // a twin of it where z's axes interleave

@@ -3,6 +3,7 @@
 #include "../cpu/residual.h"
 
 #include "../cpu/codebook_cache.h"
+#include "../cpu/kernels.h"
 #include "segments.h"
 
 namespace vqkernels {
@@ -44,7 +45,7 @@ void check_stack(const Stack& stack, const Layout& layout) {
 class PackedStack {
  public:
   PackedStack(const Rows& z, const int64_t* passed, const Stack& stack, int64_t head, Metric metric, bool certified) {
-    const Sweep& sweep = active_sweep();
+    const Sweep& sweep = active().sweep;
     const DType type = residual_type(z.dtype);
     searched_.resize(stack.levels);
     parallel_for(stack.levels, 1, [&](int64_t first, int64_t last) {

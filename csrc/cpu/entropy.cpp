@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "level.h"
-
 namespace vqkernels {
 namespace {
 
@@ -127,15 +125,6 @@ template <class T> void write_row(const RowsOut& out, int64_t row, int64_t chann
 template <class T> using Plain = std::remove_const_t<std::remove_pointer_t<T>>;
 
 }  // namespace
-
-const EntropyKernels<float>& active_entropy() {
-#if defined(__x86_64__)
-  const Level level = active_level();
-  if (level >= Level::avx512) return kEntropyAvx512;
-  if (level == Level::avx2) return kEntropyAvx2;
-#endif
-  return kEntropyBaseline;
-}
 
 EntropyInputs::EntropyInputs(const Rows& rows_, const Codes& codes_, const bool* mask, bool euclidean_,
                              double temperature_, const Parallel& parallel)

@@ -37,7 +37,7 @@ template <class Real> struct Stream {
   int64_t tiles, channels;
 };
 
-// The sweeps of one panel of `lanes` rows or codes, [channel][lane], one set per SIMD level.
+// The sweeps of one panel of `lanes` rows or codes, [channel][lane], one set per SIMD level (kernels.h).
 template <class Real> struct EntropyKernels {
   int lanes, tile;
 
@@ -59,13 +59,7 @@ template <class Real> struct EntropyKernels {
   void (*exponential)(const Real* x, Real* y, int64_t count);  // 2^x, for tests
 };
 
-extern const EntropyKernels<float> kEntropyBaseline;
-extern const EntropyKernels<double> kEntropyDouble;
-#if defined(__x86_64__)
-extern const EntropyKernels<float> kEntropyAvx2;
-extern const EntropyKernels<float> kEntropyAvx512;
-#endif
-const EntropyKernels<float>& active_entropy();
+extern const EntropyKernels<double> kEntropyDouble;  // the same at every level
 
 // One head's rows that count, its finite codes, and how they are scaled.
 struct EntropyInputs {

@@ -6,12 +6,12 @@
 
 #include "entropy.h"
 
+namespace vqkernels {
 namespace {
+namespace entropy_sweeps {
 
-using vqkernels::kFlush;
-using vqkernels::kTogether;
-using Codes = vqkernels::Stream<Real>;
-using Rows = vqkernels::Stream<Real>;
+using Codes = Stream<Real>;
+using Rows = Stream<Real>;
 
 constexpr int kPanel = 2 * kLanes, kBlock = kTogether * kTile;
 constexpr double kLog2 = 0.693147180559945309417;
@@ -46,7 +46,7 @@ inline __attribute__((always_inline)) void tile_logits(const Real* panel, const 
 
 // Logits of the tiles from `first`, at most kTogether; returns how many items that is.
 template <bool from_items>
-inline int block_logits(const Real* panel, const Real* bias, const vqkernels::Stream<Real>& items, int64_t first,
+inline int block_logits(const Real* panel, const Real* bias, const Stream<Real>& items, int64_t first,
                         Block& block) {
   int count = 0;
   for (int64_t tile = first; tile < items.tiles && tile < first + kTogether; ++tile, count += kTile)
@@ -255,7 +255,9 @@ void exponentials(const Real* x, Real* y, int64_t count) {
   }
 }
 
-constexpr vqkernels::EntropyKernels<Real> kKernels = {
+constexpr EntropyKernels<Real> kEntropy = {
     kPanel, kTile, forward, mean, rows_backward, codes_backward, exponentials};
 
+}  // namespace entropy_sweeps
 }  // namespace
+}  // namespace vqkernels

@@ -2,10 +2,12 @@
 #include <math.h>
 #include <stdint.h>
 
+namespace vqkernels {
 namespace {
+namespace entropy_sweeps {
 
 using Real = double;
-constexpr int kLanes = 8;
+constexpr int kLanes = 8, kTile = 4, kChannels = 1;
 struct Vector {
   double lane[kLanes];
 };
@@ -40,9 +42,10 @@ inline Vector exponential(const Vector& x) {
   return lanes([&](int i) { return x.lane[i] < kLowest ? 0.0 : exp2(x.lane[i]); });
 }
 
+}  // namespace entropy_sweeps
 }  // namespace
+}  // namespace vqkernels
 
-static constexpr int kTile = 4, kChannels = 1;
 #include "entropy.inl"
 
-const vqkernels::EntropyKernels<double> vqkernels::kEntropyDouble = kKernels;
+const vqkernels::EntropyKernels<double> vqkernels::kEntropyDouble = entropy_sweeps::kEntropy;

@@ -1,11 +1,14 @@
-// 2^x for the float vectors of simd.h.
+// 2^x for the float vectors of simd.h, and what else entropy.inl wants to know of them.
 #include "simd.h"
 
+namespace vqkernels {
 namespace {
+namespace entropy_sweeps {
 
 using Real = float;
 using Vector = Floats;
 
+constexpr int kTile = kEntropyTile, kChannels = kEntropyChannels;
 constexpr float kLowest = -126.0f;  // 2^kLowest is the smallest normal float; below, 2^x is 0
 constexpr float kFar = 1e30f;       // beyond every logit that float is trusted with
 
@@ -24,4 +27,6 @@ inline __attribute__((always_inline)) Floats exponential(Floats x) {
   return pick(less(x, splat(kLowest)), splat(0.0f), add_exponent(y, shifted));
 }
 
+}  // namespace entropy_sweeps
 }  // namespace
+}  // namespace vqkernels

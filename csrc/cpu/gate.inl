@@ -1,27 +1,13 @@
 // The lanes of float and double, and the gate tanh(a) sigmoid(b), for one SIMD level.
+#pragma once
 #include <stdint.h>
 #include <string.h>
 
 #include "simd.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // these vectors never leave this translation unit
-
-namespace {
-
-inline Doubles fma(Doubles a, Doubles b, Doubles c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_pd(a, b, c);
-#elif defined(__AVX2__)
-  return _mm256_fmadd_pd(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-}  // namespace
-
 namespace vqkernels {
 namespace {
+namespace pixelcnn {
 
 template <class T> struct Lanes;
 template <> struct Lanes<float> {
@@ -111,5 +97,6 @@ template <class T> inline void gate_row(const T* x, const T* shift, int64_t chan
   }
 }
 
+}  // namespace pixelcnn
 }  // namespace
 }  // namespace vqkernels

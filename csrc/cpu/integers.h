@@ -40,7 +40,7 @@ struct IntegerKernels {
   void (*sweep_coarse)(const int32_t* panel, const IntegerTiles& tiles, int64_t first, int64_t last, int32_t* lowest,
                        int32_t* best);  // null where the level has no 8-bit dot product
 
-  // T of rows() rows from their smallest scores, as int32; INT32_MAX where it does not fit or is NaN.
+  // T of `rows` rows from their smallest scores, as int32; INT32_MAX where it does not fit or is NaN.
   void (*limits)(const Certificate& certificate, const int32_t* best, const float* norm, const float* residual,
                  int32_t* limit);
 

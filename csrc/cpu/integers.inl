@@ -5,11 +5,11 @@
 // operation a score; which code it was is found later, for the few tiles that can hold the answer. Integer sums are
 // exact, so their order does not matter, and wrapping of partial sums is harmless where the final score fits.
 #include "integers.h"
+#include "sweep.inl"
 
+namespace vqkernels {
 namespace {
-
-using vqkernels::Certificate;
-using vqkernels::IntegerTiles;
+namespace filter {
 
 // The scores of one tile, [code][half]. The loop is written in assembly because gcc 12 spills the accumulators of the same
 // loop in intrinsics, at more than half its speed.
@@ -133,7 +133,7 @@ void sweep_coarse(const int32_t* panel, const IntegerTiles& tiles, int64_t first
   sweep_tiles([](auto... x) __attribute__((always_inline)) { return coarse_tile(x...); }, panel, tiles, first, last, lowest, best);
 }
 #else
-constexpr decltype(vqkernels::IntegerKernels::sweep_coarse) sweep_coarse = nullptr;
+constexpr decltype(IntegerKernels::sweep_coarse) sweep_coarse = nullptr;
 #endif
 
 // One channel of one half of a panel, rounded and saturated; adds the square of what is lost.
@@ -240,7 +240,7 @@ int64_t pick_coarse(const int32_t* row, const IntegerTiles& tiles, int64_t tile,
   return pick_codes([](Ints s, Ints a, Ints b) { return _mm512_dpbusd_epi32(s, a, b); }, row, tiles, tile, limit, numbers);
 }
 #else
-constexpr decltype(vqkernels::IntegerKernels::pick_coarse) pick_coarse = nullptr;
+constexpr decltype(IntegerKernels::pick_coarse) pick_coarse = nullptr;
 #endif
 
 int32_t score(const int16_t* row, const int16_t* codes, const int32_t* bias, int64_t stride, const int32_t* numbers,
@@ -262,6 +262,8 @@ int32_t score(const int16_t* row, const int16_t* codes, const int32_t* bias, int
   return lowest;
 }
 
-constexpr vqkernels::IntegerKernels kIntegers = {round_panel, sweep_fine, sweep_coarse, limits, scan, pick_fine, pick_coarse, score};
+constexpr IntegerKernels kIntegers = {round_panel, sweep_fine, sweep_coarse, limits, scan, pick_fine, pick_coarse, score};
 
+}  // namespace filter
 }  // namespace
+}  // namespace vqkernels

@@ -17,20 +17,4 @@ template <class T> struct PixelCNNHead {
   T* sums;  // (B, channels), backward alone
 };
 
-// Grids [first, last).
-#define VQKERNELS_PIXELCNN_HEAD(level, T)                                                               \
-  void pixelcnn_rectify_##level(const PixelCNNHead<T>& x, int64_t first, int64_t last);                 \
-  void pixelcnn_rectify_backward_##level(const PixelCNNHead<T>& x, int64_t first, int64_t last);        \
-  void pixelcnn_planes_##level(const PixelCNNHead<T>& x, int64_t first, int64_t last);                  \
-  void pixelcnn_planes_backward_##level(const PixelCNNHead<T>& x, int64_t first, int64_t last);
-
-VQKERNELS_PIXELCNN_HEAD(baseline, float)
-VQKERNELS_PIXELCNN_HEAD(baseline, double)
-#if defined(__x86_64__)
-VQKERNELS_PIXELCNN_HEAD(avx2, float)
-VQKERNELS_PIXELCNN_HEAD(avx2, double)
-VQKERNELS_PIXELCNN_HEAD(avx512, float)
-VQKERNELS_PIXELCNN_HEAD(avx512, double)
-#endif
-
 }  // namespace vqkernels

@@ -7,6 +7,7 @@
 
 namespace vqkernels {
 namespace {
+namespace pixelcnn {
 
 template <class T> inline void rectify(const PixelCNNHead<T>& x, int64_t first, int64_t last) {
   using Vector = typename Lanes<T>::Vector;
@@ -92,16 +93,6 @@ template <class T> inline void planes_backward(const PixelCNNHead<T>& x, int64_t
   }
 }
 
+}  // namespace pixelcnn
 }  // namespace
-
-#define VQKERNELS_PIXELCNN_HEAD_BODIES(level, T)                                                                     \
-  void pixelcnn_rectify_##level(const PixelCNNHead<T>& x, int64_t first, int64_t last) { rectify(x, first, last); }    \
-  void pixelcnn_rectify_backward_##level(const PixelCNNHead<T>& x, int64_t first, int64_t last) {                     \
-    rectify_backward(x, first, last);                                                                                \
-  }                                                                                                                  \
-  void pixelcnn_planes_##level(const PixelCNNHead<T>& x, int64_t first, int64_t last) { planes(x, first, last); }      \
-  void pixelcnn_planes_backward_##level(const PixelCNNHead<T>& x, int64_t first, int64_t last) {                      \
-    planes_backward(x, first, last);                                                                                 \
-  }
-
 }  // namespace vqkernels

@@ -81,26 +81,4 @@ template <class T> struct PixelCNNTaps {
   T* grad_table;
 };
 
-// Grids [first, last); for filters, outputs; for the gradient of a table, taps.
-#define VQKERNELS_PIXELCNN_LAYER(level, T)                                                                \
-  void pixelcnn_vertical_##level(const PixelCNNVertical<T>& x, int64_t first, int64_t last);              \
-  void pixelcnn_vertical_backward_##level(const PixelCNNVerticalBackward<T>& x, int64_t first, int64_t last); \
-  void pixelcnn_gate_##level(const PixelCNNGate<T>& x, int64_t first, int64_t last);                      \
-  void pixelcnn_gate_backward_##level(const PixelCNNGate<T>& x, int64_t first, int64_t last);             \
-  void pixelcnn_join_##level(const PixelCNNJoin<T>& x, int64_t first, int64_t last);                      \
-  void pixelcnn_join_backward_##level(const PixelCNNJoinBackward<T>& x, int64_t first, int64_t last);     \
-  void pixelcnn_filters_##level(const PixelCNNFilters<T>& x, int64_t first, int64_t last);                \
-  void pixelcnn_filters_backward_##level(const PixelCNNFilters<T>& x, int64_t first, int64_t last);       \
-  void pixelcnn_taps_##level(const PixelCNNTaps<T>& x, int64_t first, int64_t last);                      \
-  void pixelcnn_taps_backward_##level(const PixelCNNTaps<T>& x, int64_t first, int64_t last);
-
-VQKERNELS_PIXELCNN_LAYER(baseline, float)
-VQKERNELS_PIXELCNN_LAYER(baseline, double)
-#if defined(__x86_64__)
-VQKERNELS_PIXELCNN_LAYER(avx2, float)
-VQKERNELS_PIXELCNN_LAYER(avx2, double)
-VQKERNELS_PIXELCNN_LAYER(avx512, float)
-VQKERNELS_PIXELCNN_LAYER(avx512, double)
-#endif
-
 }  // namespace vqkernels

@@ -8,6 +8,7 @@
 
 namespace vqkernels {
 namespace {
+namespace pixelcnn {
 
 // Winograd's F(4, 3) at 0, +-p, +-q and infinity.
 constexpr double kP = 0.75, kQ = 1.5, kP2 = kP * kP, kQ2 = kQ * kQ, kProduct = kP2 * kQ2, kSum = kP2 + kQ2;
@@ -377,28 +378,6 @@ template <class T> inline void taps_backward(const PixelCNNTaps<T>& x, int64_t f
   }
 }
 
+}  // namespace pixelcnn
 }  // namespace
-
-#define VQKERNELS_PIXELCNN_LAYER_BODIES(level, T)                                                                     \
-  void pixelcnn_vertical_##level(const PixelCNNVertical<T>& x, int64_t first, int64_t last) { vertical(x, first, last); } \
-  void pixelcnn_vertical_backward_##level(const PixelCNNVerticalBackward<T>& x, int64_t first, int64_t last) {         \
-    vertical_backward(x, first, last);                                                                                \
-  }                                                                                                                   \
-  void pixelcnn_gate_##level(const PixelCNNGate<T>& x, int64_t first, int64_t last) { gate_forward(x, first, last); }  \
-  void pixelcnn_gate_backward_##level(const PixelCNNGate<T>& x, int64_t first, int64_t last) {                         \
-    gate_backward(x, first, last);                                                                                    \
-  }                                                                                                                   \
-  void pixelcnn_join_##level(const PixelCNNJoin<T>& x, int64_t first, int64_t last) { join(x, first, last); }          \
-  void pixelcnn_join_backward_##level(const PixelCNNJoinBackward<T>& x, int64_t first, int64_t last) {                 \
-    join_backward(x, first, last);                                                                                    \
-  }                                                                                                                   \
-  void pixelcnn_filters_##level(const PixelCNNFilters<T>& x, int64_t first, int64_t last) { filters(x, first, last); } \
-  void pixelcnn_filters_backward_##level(const PixelCNNFilters<T>& x, int64_t first, int64_t last) {                   \
-    filters_backward(x, first, last);                                                                                 \
-  }                                                                                                                   \
-  void pixelcnn_taps_##level(const PixelCNNTaps<T>& x, int64_t first, int64_t last) { taps(x, first, last); }          \
-  void pixelcnn_taps_backward_##level(const PixelCNNTaps<T>& x, int64_t first, int64_t last) {                         \
-    taps_backward(x, first, last);                                                                                    \
-  }
-
 }  // namespace vqkernels

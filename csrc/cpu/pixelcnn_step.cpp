@@ -6,30 +6,10 @@
 #include <numeric>
 #include <vector>
 
-#include "level.h"
+#include "kernels.h"
 
 namespace vqkernels {
 namespace {
-
-#if defined(__x86_64__)
-#define VQKERNELS_AT_LEVEL(function, ...)                                      \
-  const Level level = active_level();                                          \
-  if (level >= Level::avx512) return function##_avx512(__VA_ARGS__);           \
-  if (level == Level::avx2) return function##_avx2(__VA_ARGS__);               \
-  function##_baseline(__VA_ARGS__);
-#else
-#define VQKERNELS_AT_LEVEL(function, ...) function##_baseline(__VA_ARGS__);
-#endif
-
-template <class T> void row_kernel(const PixelCNNStep<T>& step, int64_t first, int64_t last, int64_t row) {
-  VQKERNELS_AT_LEVEL(pixelcnn_row, step, first, last, row)
-}
-
-template <class T> void column_kernel(const PixelCNNStep<T>& step, int64_t first, int64_t last, int64_t column, bool head) {
-  VQKERNELS_AT_LEVEL(pixelcnn_column, step, first, last, column, head)
-}
-
-void exponentials(double* x, int64_t count) { VQKERNELS_AT_LEVEL(exponentials, x, count) }
 
 // The memory of one thread's draws.
 struct Draw {
@@ -75,7 +55,7 @@ int64_t draw_code(Draw& draw, double uniform, double temperature, int64_t top_k,
     poison += x != x ? x : 0.0;
   }
   if (poison != poison) return 0;
-  exponentials(weight.data(), count);
+  active().exponentials(weight.data(), count);
   int64_t kept = count;
   const bool truncated = (top_k > 0 && top_k < count) || top_p < 1.0;
   if (truncated) {
@@ -114,15 +94,16 @@ template <class T> void remember(const PixelCNNStep<T>& step, int64_t row, int64
 }
 
 template <class T> void advance(const PixelCNNStep<T>& step, int64_t first, int64_t last) {
+  const PixelCNNKernels<T>& kernels = active().pixelcnn<T>();
   Draw draw{std::vector<double>(step.num_codes), std::vector<int64_t>(step.num_codes)};
   const int64_t first_row = first * step.copies, last_row = last * step.copies, stack_rows = step.grids * step.copies;
   for (int64_t position = step.begin; position < step.end; ++position) {
     const int64_t row = position / step.width, column = position % step.width;
     const auto place = [&](int64_t grid) { return (grid * step.height + row) * step.width + column; };
-    if (column == 0) row_kernel(step, first_row, last_row, row);
+    if (column == 0) kernels.row(step, first_row, last_row, row);
     bool head = step.logits != nullptr;
     for (int64_t grid = first; grid < last; ++grid) head |= step.codes[place(grid)] < 0;
-    column_kernel(step, first_row, last_row, column, head);
+    kernels.column(step, first_row, last_row, column, head);
     if (step.logits) {
       T* out = step.logits + ((position - step.begin) * stack_rows + first_row) * step.num_codes;
       std::copy_n(step.scores + first_row * step.num_codes, (last_row - first_row) * step.num_codes, out);

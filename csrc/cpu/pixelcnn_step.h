@@ -43,18 +43,4 @@ template <class T> struct PixelCNNStep {
 void pixelcnn_step(const PixelCNNStep<float>& step, int64_t first, int64_t last);
 void pixelcnn_step(const PixelCNNStep<double>& step, int64_t first, int64_t last);
 
-// The inner kernels, one set per SIMD level, on the rows [first, last) of the stack.
-#define VQKERNELS_PIXELCNN_KERNELS(level)                                                                          \
-  void pixelcnn_row_##level(const PixelCNNStep<float>& step, int64_t first, int64_t last, int64_t row);             \
-  void pixelcnn_row_##level(const PixelCNNStep<double>& step, int64_t first, int64_t last, int64_t row);            \
-  void pixelcnn_column_##level(const PixelCNNStep<float>& step, int64_t first, int64_t last, int64_t column, bool); \
-  void pixelcnn_column_##level(const PixelCNNStep<double>& step, int64_t first, int64_t last, int64_t column, bool); \
-  void exponentials_##level(double* x, int64_t count);
-
-VQKERNELS_PIXELCNN_KERNELS(baseline)
-#if defined(__x86_64__)
-VQKERNELS_PIXELCNN_KERNELS(avx2)
-VQKERNELS_PIXELCNN_KERNELS(avx512)
-#endif
-
 }  // namespace vqkernels

@@ -4,6 +4,7 @@
 
 namespace vqkernels {
 namespace {
+namespace pixelcnn {
 
 // Whole panels of `outputs` outputs, in elements of one input.
 template <class T> inline int64_t padded(int64_t outputs) {
@@ -70,7 +71,7 @@ template <class T> inline void advance_row(const PixelCNNStep<T>& step, int64_t 
   }
 }
 
-template <class T> inline void rectify(T* x, int64_t stride, int64_t count, int64_t rows) {
+template <class T> inline void rectify_rows(T* x, int64_t stride, int64_t count, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < count; ++i) x[r * stride + i] = x[r * stride + i] < T(0) ? T(0) : x[r * stride + i];
 }
@@ -101,11 +102,11 @@ inline void advance_column(const PixelCNNStep<T>& step, int64_t first, int64_t l
   }
   if (!head) return;
   T *hidden = step.hidden + first * step.head_channels, *scores = step.scores + first * step.num_codes;
-  if (step.residual_head) rectify(left, twice, channels, rows);
+  if (step.residual_head) rectify_rows(left, twice, channels, rows);
   multiply<T>({left, twice, channels, step.head, panel_stride<T>(channels), step.head_channels, step.head_bias, nullptr,
                0, hidden, step.head_channels},
               rows);
-  rectify(hidden, step.head_channels, step.head_channels, rows);
+  rectify_rows(hidden, step.head_channels, step.head_channels, rows);
   multiply<T>({hidden, step.head_channels, step.head_channels, step.output, panel_stride<T>(step.head_channels),
                step.num_codes, step.output_bias, nullptr, 0, scores, step.num_codes},
               rows);
@@ -122,14 +123,6 @@ inline void exponentials(double* x, int64_t count) {
   }
 }
 
+}  // namespace pixelcnn
 }  // namespace
-
-#define VQKERNELS_PIXELCNN_BODIES(level, T)                                                                      \
-  void pixelcnn_row_##level(const PixelCNNStep<T>& step, int64_t first, int64_t last, int64_t row) {              \
-    advance_row(step, first, last, row);                                                                         \
-  }                                                                                                              \
-  void pixelcnn_column_##level(const PixelCNNStep<T>& step, int64_t first, int64_t last, int64_t column, bool head) { \
-    advance_column(step, first, last, column, head);                                                             \
-  }
-
 }  // namespace vqkernels

@@ -1,8 +1,10 @@
 // Small products with weights in panels, for one SIMD level.
+#pragma once
 #include "gate.inl"
 
 namespace vqkernels {
 namespace {
+namespace pixelcnn {
 
 constexpr int kPanelVectors = 128 / int(sizeof(Floats));  // of a panel of outputs
 constexpr int kTogether = 2;                              // of them in one tile
@@ -88,5 +90,6 @@ template <class T> inline void multiply(const Product<T>& p, int64_t rows) {
   }
 }
 
+}  // namespace pixelcnn
 }  // namespace
 }  // namespace vqkernels

@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "counter.h"
-#include "level.h"
+#include "kernels.h"
 
 namespace vqkernels {
 namespace {
@@ -33,15 +33,6 @@ double power_of_two_below_one_over(double x) {
   int exponent = 0;
   frexp(x, &exponent);
   return ldexp(1.0, -std::clamp(exponent, -1000, 1000));
-}
-
-void run(const SamplePanel& panel) {
-#if defined(__x86_64__)
-  const Level level = active_level();
-  if (level >= Level::avx512) return sample_panel_avx512(panel);
-  if (level == Level::avx2) return sample_panel_avx2(panel);
-#endif
-  sample_panel_baseline(panel);
 }
 
 // A row whose float32 scores overflow: in double, relative to the best score, so that one of them is 0.
@@ -131,7 +122,7 @@ void sample_rows(const Rows& rows, const SampleCodes& codes, double temperature,
   }
   double best[kSampleRows];
   int32_t slot[kSampleRows];
-  run({panel.data(), low, high, codes.codes.data(), codes.index.data(), int64_t(codes.index.size()), channels,
+  active().sample_panel({panel.data(), low, high, codes.codes.data(), codes.index.data(), int64_t(codes.index.size()), channels,
        euclidean, scaled_inverse, best, slot});
   for (int64_t i = 0; i < end - begin; ++i) {
     if (!wanted[i]) continue;

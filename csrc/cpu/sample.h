@@ -37,7 +37,7 @@ struct SampleCodes {
 void sample_rows(const Rows& rows, const SampleCodes& codes, double temperature, uint64_t start, int64_t number,
                  int64_t begin, int64_t end, const bool* mask, int64_t* index);
 
-// The inner kernel, one per SIMD level: for each lane the largest a / temperature + G over all codes, and its slot; a is
+// What the inner kernel reads and writes (kernels.h): for each lane the largest a / temperature + G over all codes, and its slot; a is
 // minus the squared distance or the product. -inf where no score is a number.
 struct SamplePanel {
   const float* rows;      // [channel][kSampleRows]
@@ -51,12 +51,6 @@ struct SamplePanel {
   double* best;
   int32_t* slot;
 };
-
-void sample_panel_baseline(const SamplePanel& panel);
-#if defined(__x86_64__)
-void sample_panel_avx2(const SamplePanel& panel);
-void sample_panel_avx512(const SamplePanel& panel);
-#endif
 
 // -log(-log(1 - v)) for v = (bits + 1/2) 2^-32.
 double gumbel(uint32_t bits);

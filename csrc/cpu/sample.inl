@@ -4,10 +4,9 @@
 #include "counter.h"
 #include "sample.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // these vectors never leave this translation unit
-
 namespace vqkernels {
 namespace {
+namespace sampling {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 64;
@@ -125,10 +124,11 @@ template <bool euclidean> inline __attribute__((always_inline)) void sweep(const
   }
 }
 
-inline void sample_panel(const SamplePanel& panel) {
+void sample_panel(const SamplePanel& panel) {
   if (panel.euclidean) sweep<true>(panel);
   else sweep<false>(panel);
 }
 
+}  // namespace sampling
 }  // namespace
 }  // namespace vqkernels

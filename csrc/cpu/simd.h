@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // these vectors never leave their translation unit
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -37,6 +39,7 @@ inline Doubles splat(double x) { return _mm512_set1_pd(x); }
 inline Doubles add(Doubles a, Doubles b) { return _mm512_add_pd(a, b); }
 inline Doubles sub(Doubles a, Doubles b) { return _mm512_sub_pd(a, b); }
 inline Doubles mul(Doubles a, Doubles b) { return _mm512_mul_pd(a, b); }
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
 
 using Ints = __m512i;
 inline Ints load(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -119,6 +122,7 @@ inline Doubles splat(double x) { return _mm256_set1_pd(x); }
 inline Doubles add(Doubles a, Doubles b) { return _mm256_add_pd(a, b); }
 inline Doubles sub(Doubles a, Doubles b) { return _mm256_sub_pd(a, b); }
 inline Doubles mul(Doubles a, Doubles b) { return _mm256_mul_pd(a, b); }
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
 
 using Ints = __m256i;
 inline Ints load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -214,6 +218,7 @@ inline Doubles splat(double x) { return Doubles{x, x}; }
 inline Doubles add(Doubles a, Doubles b) { return a + b; }
 inline Doubles sub(Doubles a, Doubles b) { return a - b; }
 inline Doubles mul(Doubles a, Doubles b) { return a * b; }
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 
 using Ints = Mask;
 typedef int32_t UnalignedInts __attribute__((vector_size(16), aligned(4), may_alias));

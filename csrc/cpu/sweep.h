@@ -1,13 +1,12 @@
-// The inner kernels of the search, one set per SIMD level, chosen at run time. Raw pointers only.
+// The inner kernels of the search, one set per SIMD level (kernels.h). Raw pointers only.
 //
-// Layout. `rows()` rows of z form a panel [channel][row]: a row is a lane, so minima, indices and ties never cross lanes.
-// Codes are packed as [tile][channel][code in tile], negated. One tile gives rows() x codes_per_tile() scores that live
+// Layout. `rows` rows of z form a panel [channel][row]: a row is a lane, so minima, indices and ties never cross lanes.
+// Codes are packed as [tile][channel][code in tile], negated. One tile gives rows x codes_per_tile scores that live
 // and die in registers: no score is ever written to memory.
 #pragma once
 #include <stdint.h>
 
 #include "integers.h"
-#include "level.h"
 
 namespace vqkernels {
 
@@ -20,8 +19,7 @@ struct Tiles {
 };
 
 struct Sweep {
-  Level level;
-  int rows;            // rows per panel
+  int rows;  // of a panel
   int codes_per_tile;
 
   // Centres and scales a panel in place, x <- (x - centre[d]) * scale, and writes each row's Euclidean norm, which is
@@ -37,35 +35,15 @@ struct Sweep {
   int64_t (*sift)(const float* panel, const float* norm, const Tiles& tiles, int64_t count, const float* threshold,
                   int32_t* slots);
 
-  // The contract for rows() rows [channel][row] in double against one code: channels in order, every operation rounded
+  // The contract for `rows` rows [channel][row] in double against one code: channels in order, every operation rounded
   // separately. `euclidean`: the squared distance; otherwise minus the dot product.
   void (*contract)(const double* panel, const double* code, int64_t channels, bool euclidean, double* score);
 
-  // Transposes 32-bit words: out[word * stride + i] = rows[i][word] for i < rows() and word < words; zeros from `count` on.
+  // Transposes 32-bit words: out[word * stride + i] = rows[i][word] for i < rows and word < words; zeros from `count` on.
   // Reads nothing behind a row's last word.
   void (*transpose)(const int32_t* const* rows, int64_t count, int64_t words, int32_t* out, int64_t stride);
 
   const IntegerKernels* integers;  // null where the level has no integer filter
 };
-
-extern const Sweep kSweepBaseline;
-#if defined(__x86_64__)
-extern const Sweep kSweepAvx2;
-extern const Sweep kSweepAvx512;
-extern const Sweep kSweepVnni;
-#endif
-
-inline const Sweep& active_sweep() {
-#if defined(__x86_64__)
-  switch (active_level()) {
-    case Level::vnni: return kSweepVnni;
-    case Level::avx512: return kSweepAvx512;
-    case Level::avx2: return kSweepAvx2;
-    default: return kSweepBaseline;
-  }
-#else
-  return kSweepBaseline;
-#endif
-}
 
 }  // namespace vqkernels

@@ -1,13 +1,14 @@
-// Body of the inner kernels, compiled once per SIMD level: the including file sets the flags and kCodesPerTile.
+// Body of the float32 filter and of the contract, compiled once per SIMD level, which sets kCodesPerTile (kernels.h).
 //
 // Per tile and channel: two vector loads of z, one broadcast per code, two multiply-adds per code. kCodesPerTile is as
 // large as the register file allows (2 accumulators per code), which also hides the latency of the multiply-add.
+#pragma once
 #include "simd.h"
 #include "sweep.h"
 
+namespace vqkernels {
 namespace {
-
-using vqkernels::Tiles;
+namespace filter {
 
 constexpr int kRows = 2 * kLanes;
 
@@ -133,4 +134,6 @@ void transpose_words(const int32_t* const* rows, int64_t count, int64_t words, i
   }
 }
 
+}  // namespace filter
 }  // namespace
+}  // namespace vqkernels

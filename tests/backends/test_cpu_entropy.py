@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from native import inspection
 from ops.entropy_gradients import WEIGHTS, close, gradients, scalar
 
 import vqkernels as vq
@@ -53,18 +54,17 @@ def test_simd_levels_agree(monkeypatch, cpu_kernels):
 
 
 def test_the_exponential_is_within_one_and_a_half_units_in_the_last_place(monkeypatch):
-    native = pytest.importorskip("vqkernels._C", reason="the optional module _C was not built")
     x = torch.cat([torch.linspace(-126, 20, 1_000_001), torch.linspace(-1, 1, 500_001), torch.tensor([-126.0])])
     exact = x.double().exp2()
     ulp = torch.exp2(exact.log2().floor() - 23)
     for level in cpu.simd_levels():
         monkeypatch.setenv("VQKERNELS_SIMD", level)
-        found = torch.from_numpy(native.exponential(x.numpy()))
+        found = torch.from_numpy(inspection.exponential(x.numpy()))
         assert float(((found.double() - exact).abs() / ulp).max()) <= 1.5
         assert found[-1] == 2.0**-126
         nothing = torch.tensor([-126.0]).nextafter(torch.tensor(-torch.inf)).repeat(3)
         nothing[1], nothing[2] = -1e30, -1e5
-        assert torch.from_numpy(native.exponential(nothing.numpy())).eq(0).all()
+        assert torch.from_numpy(inspection.exponential(nothing.numpy())).eq(0).all()
 
 
 @pytest.mark.parametrize("temperature", [1e-8, 1e-30, 1e-100])

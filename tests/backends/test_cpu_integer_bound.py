@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native import inspection
 
 import vqkernels as vq
 from vqkernels import reference
 from vqkernels.backends import cpu
 from vqkernels.verification.adversaries import ADVERSARIES
 
-_C = pytest.importorskip("vqkernels._C", reason="the optional module _C was not built")
 LEVELS = [level for level in cpu.simd_levels() if level != "baseline"]
 pytestmark = pytest.mark.skipif(not LEVELS, reason="no level of this CPU has the int16 filter")
 
@@ -21,10 +21,10 @@ PASSES = ("fine", "coarse")
 
 def check(z: torch.Tensor, codebook: torch.Tensor) -> float:
     """Asserts the certificates; returns the fraction of rows that fit, 0 where the filters are not used."""
-    out = _C.integer_filter(z.numpy(), codebook.numpy())
-    if not out["usable"]:
+    out = inspection.integer_filter(z.numpy(), codebook.numpy())
+    if out is None:
         return 0.0
-    codes, taken = np.array(out["codes"]), out["fits"] & out["clear"]
+    codes, taken = out["codes"], out["fits"] & out["clear"]
     table = reference.scores(z, codebook).numpy()
     winners = (table == table.min(1, keepdims=True)) & taken[:, None]
     aside = np.setdiff1d(np.flatnonzero(codebook.isfinite().all(1).numpy()), codes)
@@ -56,7 +56,7 @@ def rounded_the_wrong_way(d: int = 64, rows: int = 128) -> tuple[torch.Tensor, t
         codes, z = codes / scale, z / scale
         codes[2] = -codes[0] - codes[1]
         codes[2, d + 1], codes[3, d + 1], z[-1, d + 2] = 1.0, -1.0, 1.0
-        scale = _C.integer_filter(z.float().numpy(), codes.float().numpy())["scale"]
+        scale = inspection.integer_filter(z.float().numpy(), codes.float().numpy())["scale"]
     return z.float(), codes.float()
 
 
@@ -72,7 +72,7 @@ def test_gaussian_rows_fit_and_are_mostly_decided(level, monkeypatch):
     monkeypatch.setenv("VQKERNELS_SIMD", level)
     z, codebook = torch.randn(500, 64), torch.randn(200, 64)
     assert check(z, codebook) == 1.0
-    out = _C.integer_filter(z.numpy(), codebook.numpy())
+    out = inspection.integer_filter(z.numpy(), codebook.numpy())
     left = {name: (out[name]["scores"] <= out[name]["limits"][:, None]).sum(1).mean() for name in PASSES if name in out}
     assert left["fine"] < 1.03
     assert left.get("coarse", 1.0) < 6
@@ -97,7 +97,7 @@ def test_codes_set_aside_still_win_their_rows(level, monkeypatch):
     z[:4] = codebook[40] + torch.randn(4, 32)
     z[4:8] = codebook[3] / 2 + torch.linspace(-1e-3, 1e-3, 4)[:, None] * codebook[3]  # about half way
     check(z, codebook)
-    out = _C.integer_filter(z.numpy(), codebook.numpy())
+    out = inspection.integer_filter(z.numpy(), codebook.numpy())
     assert set(range(100)) - set(out["codes"]) == {3, 40}
     assert out["clear"][8:].all(), "ordinary rows need no second look"
     expected = reference.nearest(z, codebook)
@@ -121,7 +121,7 @@ def test_the_certificate_is_tight_and_holds(level, monkeypatch):
     monkeypatch.setenv("VQKERNELS_SIMD", level)
     z, codebook = rounded_the_wrong_way()
     assert check(z, codebook) > 0.9
-    out = _C.integer_filter(z.numpy(), codebook.numpy())
+    out = inspection.integer_filter(z.numpy(), codebook.numpy())
     scores, threshold = out["fine"]["scores"][0], out["fine"]["limits"][0]
     assert reference.nearest(z, codebook)[0] == 0 and scores.argmin() == 1, (
         "the adversary reverses the order of two codes"
@@ -135,8 +135,11 @@ def test_the_limit_is_the_one_that_was_proved(level, monkeypatch):
     """T by distances, from the header's formula in float64 on the roundings themselves: no slack may be left out."""
     monkeypatch.setenv("VQKERNELS_SIMD", level)
     z, codebook = torch.randn(300, 64), torch.randn(100, 64)
-    out, packed = _C.integer_filter(z.numpy(), codebook.numpy()), _C.filter(z.numpy(), codebook.numpy())
-    centre, inner = np.array(packed["centre"], np.float32), np.float32(packed["scale"])
+    out, packed = (
+        inspection.integer_filter(z.numpy(), codebook.numpy()),
+        inspection.float_filter(z.numpy(), codebook.numpy()),
+    )
+    centre, inner = packed["centre"], packed["scale"]
     outer = np.float32(out["scale"] / inner)
 
     def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pytest_benchmark")
-pytest.importorskip("vqkernels._C", reason="the C++ kernels are not built")
 ROOT = Path(__file__).parents[2]
 
 
-def test_they_run():
+def test_they_run(cpu_kernels):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", "--benchmark-disable"],
         capture_output=True,

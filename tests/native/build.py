@@ -29,15 +29,13 @@ def _first_line() -> str:
 
 
 def flags() -> tuple[list[str], dict[str, list[str]]]:
-    """The flags of every source, and those of the sources of one SIMD level by the end of their name, from setup.py."""
+    """The flags of every source, and those of the source of each SIMD level by its name, from setup.py."""
     found: dict[str, ast.expr] = {}
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = node.value
-    levels = found["LEVEL_FLAGS"]
-    assert isinstance(levels, ast.IfExp)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return ast.literal_eval(found["FLAGS"]), ast.literal_eval(levels.body if x86 else levels.orelse)
+    return ast.literal_eval(found["FLAGS"]), ast.literal_eval(found["LEVEL_FLAGS"]) if x86 else {}
 
 
 def build(driver: str, folder: Path, *extra: str) -> Path:
@@ -56,8 +54,7 @@ def build(driver: str, folder: Path, *extra: str) -> Path:
 
     def compile_one(source: Path) -> str:
         out = folder / f"{source.stem}.o"
-        level = next((given for end, given in levels.items() if source.name.endswith(end)), [])
-        run([compiler() or "c++", *common, *extra, *level, "-c", str(source), "-o", str(out)])
+        run([compiler() or "c++", *common, *extra, *levels.get(source.name, []), "-c", str(source), "-o", str(out)])
         return str(out)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

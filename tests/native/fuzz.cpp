@@ -409,18 +409,17 @@ void run(Random& random, const Sweep& sweep, int64_t* searched) {
 
 int main(int argc, char** argv) {
   if (argc != 4) return fprintf(stderr, "usage: fuzz LEVEL SECONDS SEED\n"), 2;
-  for (Level level : {Level::baseline, Level::avx2, Level::avx512, Level::vnni}) {
-    if (strcmp(argv[1], level_name(level)) != 0) continue;
-    if (!has_level(level)) return printf("this CPU lacks %s\n", argv[1]), 3;
+  for (const Level& level : levels()) {
+    if (strcmp(argv[1], level.name) != 0) continue;
     const double seconds = atof(argv[2]);
     const uint64_t seed = strtoull(argv[3], nullptr, 10);
     Random random{seconds > 0 ? seed * 0x9e3779b97f4a7c15ull + 1 : seed};
     const auto start = std::chrono::steady_clock::now();
     int64_t cases = 0, scores = 0;
-    do run(random, sweep_of(level), &scores), ++cases;
+    do run(random, level.kernels().sweep, &scores), ++cases;
     while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds);
     printf("%lld cases, %lld scores\n", (long long)cases, (long long)scores);
     return 0;
   }
-  return fprintf(stderr, "there is no level %s\n", argv[1]), 2;
+  return printf("this CPU lacks %s\n", argv[1]), 3;
 }

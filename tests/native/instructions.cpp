@@ -51,8 +51,9 @@ struct Random {
 using Floats = std::vector<float>;
 using Words = std::vector<int32_t>;
 
-void inner_kernels(Random& random, const Sweep& sweep, int64_t channels) {
-  const std::string tail = std::string(" ") + level_name(sweep.level) + " D=" + std::to_string(channels);
+void inner_kernels(Random& random, const Level& level, int64_t channels) {
+  const Sweep& sweep = level.kernels().sweep;
+  const std::string tail = std::string(" ") + level.name + " D=" + std::to_string(channels);
   const int64_t rows = sweep.rows, size = 480;
   const Floats codes = random.normals(size * channels);
   const Floats centre(channels, 0.0f);
@@ -148,19 +149,19 @@ void whole_search(const std::string& name, const Floats& z, const Floats& codes,
   count(name, double(n * k * d), [&] { search(q, index.data(), reinterpret_cast<bool*>(finite.data())); });
 }
 
-void whole_searches(Random& random, const Sweep& sweep) {
+void whole_searches(Random& random, const Level& level) {
   for (const auto& [n, k, d] :
        {std::tuple<int64_t, int64_t, int64_t>{1024, 512, 64}, {2048, 512, 8}, {512, 1024, 256}}) {
     const Floats z = random.normals(n * d), codes = random.normals(k * d);
-    whole_search(
-        std::string("search ") + level_name(sweep.level) + " K=" + std::to_string(k) + " D=" + std::to_string(d), z,
-        codes, d, sweep, true);
+    whole_search(std::string("search ") + level.name + " K=" + std::to_string(k) + " D=" + std::to_string(d), z, codes, d,
+                 level.kernels().sweep, true);
   }
 }
 
 // Panels against a stream of 480 items, whose probabilities are all positive.
-void entropy_sweeps(Random& random, const EntropyKernels<float>& kernels, Level level, int64_t channels) {
-  const std::string tail = std::string(" ") + level_name(level) + " D=" + std::to_string(channels);
+void entropy_sweeps(Random& random, const Level& level, int64_t channels) {
+  const EntropyKernels<float>& kernels = level.kernels().entropy;
+  const std::string tail = std::string(" ") + level.name + " D=" + std::to_string(channels);
   const int64_t lanes = kernels.lanes, size = 480;
   const Floats panel = random.normals(lanes * channels, 0.1f), items = random.normals(size * channels, 0.1f);
   const Floats bias = random.normals(size), weight = random.normals(size), partition(size, 9.0f), share(size, 1.0f);
@@ -182,15 +183,15 @@ void entropy_sweeps(Random& random, const EntropyKernels<float>& kernels, Level 
   });
 }
 
-void kernels(const std::vector<const Sweep*>& sweeps) {
+void kernels(const std::vector<Level>& some) {
   Random random;
-  for (const Sweep* sweep : sweeps) {
-    for (int64_t channels : {8, 64, 256}) inner_kernels(random, *sweep, channels);
-    whole_searches(random, *sweep);
+  for (const Level& level : some) {
+    for (int64_t channels : {8, 64, 256}) inner_kernels(random, level, channels);
+    whole_searches(random, level);
   }
   const int64_t k = 512, d = 64;
   const Floats codes = random.normals(k * d);
-  const Sweep& sweep = *sweeps.back();
+  const Sweep& sweep = some.back().kernels().sweep;
   const Codes view{codes.data(), DType::f32, k, d};
   count("measure codebook", double(k * d), [&] { PackedCodebook(view, DType::f32, Metric::euclidean, true, sweep); });
   const PackedCodebook packed(view, DType::f32, Metric::euclidean, true, sweep);
@@ -198,11 +199,8 @@ void kernels(const std::vector<const Sweep*>& sweeps) {
   if (sweep.integers != nullptr)
     count("pack int16", double(k * d), [&] { IntegerCodebook(packed, 16.0, serially); });
   fused_tail(random);
-  for (int64_t channels : {8, 32, 256}) entropy_sweeps(random, kEntropyBaseline, Level::baseline, channels);
-#if defined(__x86_64__)
-  for (int64_t channels : {8, 32, 256})
-    if (has_level(Level::avx2)) entropy_sweeps(random, kEntropyAvx2, Level::avx2, channels);
-#endif
+  for (const Level& level : some)
+    for (int64_t channels : {8, 32, 256}) entropy_sweeps(random, level, channels);
 }
 
 // Three rounds of Lloyd's algorithm from the first rows.
@@ -262,10 +260,10 @@ void hostile(const Sweep& sweep) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  std::vector<const Sweep*> sweeps{&sweep_of(Level::baseline)};
-  if (has_level(Level::avx2)) sweeps.push_back(&sweep_of(Level::avx2));  // valgrind knows no AVX-512
-  if (argc == 2 && strcmp(argv[1], "kernels") == 0) kernels(sweeps);
-  else if (argc == 2 && strcmp(argv[1], "hostile") == 0) hostile(*sweeps.back());
+  const std::vector<Level> some(levels().begin(), levels().begin() + std::min<size_t>(2, levels().size()));  // no AVX-512:
+  // valgrind does not know it
+  if (argc == 2 && strcmp(argv[1], "kernels") == 0) kernels(some);
+  else if (argc == 2 && strcmp(argv[1], "hostile") == 0) hostile(some.back().kernels().sweep);
   else return fprintf(stderr, "usage: instructions kernels|hostile\n"), 2;
   return 0;
 }

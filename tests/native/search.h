@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/environment.h"
+#include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cpu/nearest.h"
 
 namespace native {
@@ -38,23 +39,6 @@ inline int64_t search(const Query& q, int64_t* index, bool* finite, int64_t step
     decided += run(begin, std::min(begin + step, q.rows.count()), q.mask ? q.mask + begin : nullptr, index + begin,
                    finite + begin);
   return decided;
-}
-
-inline const Sweep& sweep_of(Level level) {
-#if defined(__x86_64__)
-  switch (level) {
-    case Level::vnni:
-      return kSweepVnni;
-    case Level::avx512:
-      return kSweepAvx512;
-    case Level::avx2:
-      return kSweepAvx2;
-    default:
-      return kSweepBaseline;
-  }
-#else
-  return kSweepBaseline;
-#endif
 }
 
 inline Rows contiguous(const void* data, DType dtype, int64_t count, int64_t channels) {

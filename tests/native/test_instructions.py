@@ -21,12 +21,6 @@ HOSTILE = (
     "collapsed codebook",
     "codebook collapsed far from the rows",
 )
-HOSTILE += (
-    "k-means with a large coordinate",
-    "outlier code",
-    "collapsed codebook",
-    "codebook collapsed far from the rows",
-)
 COLLAPSED = ("collapsed codebook", "codebook collapsed to a millionth", "codebook collapsed far from the rows")
 OVER_FLOAT32, OVER_GAUSSIAN = 1.10, 6.0
 

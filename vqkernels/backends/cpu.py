@@ -2,8 +2,10 @@
 
 import ctypes
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,9 +39,20 @@ def load() -> str | None:
 
 def simd_levels() -> list[str]:
     """SIMD levels of this CPU that the library holds kernels for, lowest first."""
-    path = library_path()
-    if path is None or load() is not None:
-        return []
-    function = ctypes.CDLL(str(path)).vqkernels_simd_levels
-    function.restype = ctypes.c_char_p
-    return function().decode().split()
+    names = _c_function("vqkernels_simd_levels", ctypes.c_char_p)
+    return names().decode().split() if names else []
+
+
+def fma_rate(seconds: float) -> float | None:
+    """Float32 multiply-add peak of this thread in operations per second, measured for `seconds`; None: no library."""
+    rate = _c_function("vqkernels_fma_rate", ctypes.c_double)
+    return rate(ctypes.c_double(seconds)) if rate else None
+
+
+def _c_function(name: str, result: Any) -> Callable[..., Any] | None:
+    """A plain C function of the library, which returns `result`; None where the library does not serve."""
+    if load() is not None:
+        return None
+    function = getattr(ctypes.CDLL(str(library_path())), name)
+    function.restype = result
+    return function

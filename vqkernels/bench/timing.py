@@ -6,13 +6,14 @@ before go to sleep. A contender that takes many times as long as the fastest run
 time for close figures. Figures are medians over the rounds, with quartiles.
 """
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+from ..backends import cpu
 
 _SLOW = 8.0  # times the fastest contender: one that is slower, and longer than _LONG, runs in _FEW rounds alone
 _LONG = 0.3  # seconds
@@ -39,13 +40,11 @@ def summary(samples: list[float]) -> Timing:
 
 
 def fma_peak(threads: int, seconds: float = _PEAK) -> float | None:
-    """Float32 operations per second of independent multiply-adds on `threads` threads at once; None without `_C`."""
-    try:
-        rate = importlib.import_module("vqkernels._C").fma_rate
-    except (ImportError, AttributeError):  # not built, or built before the measurement existed
+    """Float32 operations per second of independent multiply-adds on `threads` threads at once; None: no library."""
+    if cpu.load() is not None:
         return None
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(rate, [seconds] * threads))
+        return sum(rate or 0.0 for rate in pool.map(cpu.fma_rate, [seconds] * threads))
 
 
 def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
