@@ -18,8 +18,6 @@ import math
 import torch
 from torch import Tensor
 
-METRICS = ("euclidean", "dot", "cosine")
-GRADIENTS = ("straight_through", "rotation")
 OPPOSITE = 2.0**-52  # |u + q|^2 of two unit vectors at or below which they are opposite to within rounding
 
 

@@ -9,7 +9,8 @@ from torch.library import opcheck
 import vqkernels as vq
 from vqkernels import reference
 from vqkernels.nn.lookup import sum_codes
-from vqkernels.ops.residual import residual_quantize, residual_quantize_backward, residual_quantize_with_statistics
+from vqkernels.ops.quantization import residual_quantize_backward
+from vqkernels.ops.residual import residual_quantize, residual_quantize_with_statistics
 from vqkernels.verification.adversaries import ADVERSARIES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -355,4 +356,6 @@ def test_indices_out_of_range_are_refused_in_the_backward_operator(cpu_kernels):
     for bad in (4, -2):
         indices = torch.full((3, 2), bad)
         with pytest.raises(RuntimeError, match="indices must be int64 codes"):
-            residual_quantize_backward.kernel(z, losses, losses, z, books, indices, 1, "straight_through", True)
+            residual_quantize_backward.overloads["cpu"](
+                z, losses, losses, z, books, indices, 1, "straight_through", True
+            )

@@ -8,7 +8,7 @@ import torch
 
 from vqkernels.backends import gpu, triton, verified
 from vqkernels.cli import verify as command
-from vqkernels.ops import entropy, nearest, quantize, residual, sample, statistics
+from vqkernels.ops import entropy, nearest, quantization, quantize, residual, sample, statistics
 from vqkernels.verification.suite import CLAIMS, poisoned_memory, verify
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def lost_row(results, *_):
 
 
 def unrotated(results, *arguments):
-    return quantize.quantize_backward.overloads["eager"](*arguments[:7], "straight_through", arguments[8])
+    return quantization.quantize_backward.overloads["eager"](*arguments[:7], "straight_through", arguments[8])
 
 
 def next_code(results, z, codebook, indices, *arguments):
@@ -84,8 +84,8 @@ def halved_gradient(results, *_):
         (quantize, "lookup", next_code, "given indices give the bits of the search"),
         (sample, "sample", unshifted_rows, "draws follow their scores and the noise"),
         (statistics, "statistics", lost_row, "counts exact, sums to rounding"),
-        (quantize, "quantize_backward", halved_gradient, "gradients equal the reference's"),
-        (quantize, "quantize_backward", unrotated, "rotated gradients equal the reference's"),
+        (quantization, "quantize_backward", halved_gradient, "gradients equal the reference's"),
+        (quantization, "quantize_backward", unrotated, "rotated gradients equal the reference's"),
     ],
 )
 def test_a_planted_fault_breaks_its_claim(module, name, change, claim, monkeypatch):

@@ -7,22 +7,23 @@ channel by channel, as the contract says. Ties: lowest index.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import code_norms
 from .layout import empty_rows, layout_of
+from .options import GradientOptions, QuantizeOptions, SearchOptions
 from .rotation import rotate_gradient
 
 _BLOCK_ELEMENTS = 1 << 22  # scores alive at once: 16 MB of float32
 
 
-def nearest(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, precision: str
-) -> tuple[Tensor, Tensor]:
+def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """Indices of z's shape without channels, and how many unmasked rows the filter decided."""
-    layout = layout_of(z, channel_dim, codebook.dim() == 3)
+    wanted = SearchOptions(*options)
+    layout = layout_of(z, wanted.channel_dim, codebook.dim() == 3)
     rows, codes = layout.rows(z), _heads(codebook)
     kept = None if mask is None else layout.per_row(mask)
     indices = torch.empty(rows.shape[:3], dtype=torch.int64, device=z.device)
@@ -30,7 +31,7 @@ def nearest(
     for head in range(rows.shape[1]):
         flat = rows[:, head].reshape(-1, rows.shape[3])
         found, count = _nearest(
-            flat, codes[head], None if kept is None else kept[:, head].reshape(-1), metric, precision
+            flat, codes[head], None if kept is None else kept[:, head].reshape(-1), wanted.metric, wanted.precision
         )
         indices[:, head] = found.view(rows.shape[0], rows.shape[2])
         decided += count
@@ -183,17 +184,12 @@ def segment_sums(rows: Tensor, code: Tensor, codebook_size: int) -> Tensor:
 
 
 def quantize(
-    z: Tensor,
-    codebook: Tensor,
-    mask: Tensor | None,
-    channel_dim: int,
-    metric: str,
-    precision: str,
-    statistics_wanted: bool,
+    z: Tensor, codebook: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Look-up, indices, squared error and statistics; see `vqkernels.ops.quantize`."""
-    indices, _ = nearest(z, codebook, mask, channel_dim, metric, precision)
-    quantized, error, counts, sums = lookup(z, codebook, indices, None, channel_dim, statistics_wanted)
+    wanted = QuantizeOptions(*options)
+    indices, _ = nearest(z, codebook, mask, *wanted.search)
+    quantized, error, counts, sums = lookup(z, codebook, indices, None, wanted.channel_dim, wanted.statistics)
     return quantized, indices, error, counts, sums
 
 
@@ -234,12 +230,11 @@ def quantize_backward(
     z: Tensor,
     codebook: Tensor,
     indices: Tensor,
-    channel_dim: int,
-    gradient: str,
-    codebook_gradient: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and of the codebook; see `vqkernels.ops.quantize`."""
-    layout, codes = layout_of(z, channel_dim, codebook.dim() == 3), _heads(codebook)
+    wanted = GradientOptions(*options)
+    layout, codes = layout_of(z, wanted.channel_dim, codebook.dim() == 3), _heads(codebook)
     rows, incoming, chosen = layout.rows(z), layout.rows(grad_quantized), layout.per_row(indices)
     grad_rows = torch.empty_like(rows)
     grad_codes = torch.empty_like(codes, memory_format=torch.contiguous_format)
@@ -253,15 +248,15 @@ def quantize_backward(
         chosen_codes = codes[head][code.clamp(0, codes.shape[1] - 1)].to(torch.float64)
         residual = wide - chosen_codes
         through = incoming[:, head].to(torch.float64)
-        if gradient == "rotation":
+        if wanted.gradient == "rotation":
             through = rotate_gradient(through, wide, chosen_codes)
         total = torch.where(finite, through + commitment * residual, torch.nan)
         grad_rows[:, head] = torch.where(kept, total, 0.0).to(z.dtype)
-        if codebook_gradient:
+        if wanted.codebook_gradient:
             counted = (kept & finite).reshape(-1)
             used_code = code.reshape(-1)[counted]
             sums = segment_sums(-residual.reshape(-1, rows.shape[3])[counted], used_code, codes.shape[1])
             used = torch.bincount(used_code, minlength=codes.shape[1]) > 0
             grad_codes[head] = torch.where(used[:, None], loss * sums, 0.0).to(codebook.dtype)
-    grad_codebook = grad_codes.view(codebook.shape) if codebook_gradient else codebook.new_empty(0)
+    grad_codebook = grad_codes.view(codebook.shape) if wanted.codebook_gradient else codebook.new_empty(0)
     return empty_rows(z, layout).copy_(layout.restore_rows(grad_rows)), grad_codebook

@@ -4,11 +4,14 @@ One residual and one sum of codes of z's size are alive, whatever the number of 
 of the search. The twin of csrc/bindings/residual.cpp.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import eager
 from .layout import empty_rows, layout_of
+from .options import GradientOptions, QuantizeOptions
 from .rotation import rotate_gradient
 
 
@@ -16,30 +19,29 @@ def residual_quantize(
     z: Tensor,
     codebooks: Tensor,
     levels: Tensor | None,
-    channel_dim: int,
-    metric: str,
-    precision: str,
-    statistics_wanted: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum of codes, indices, squared errors and statistics of all levels; see `vqkernels.ops.residual`."""
-    layout, books = layout_of(z, channel_dim, codebooks.dim() == 4), _heads(codebooks)
+    wanted = QuantizeOptions(*options)
+    layout, books = layout_of(z, wanted.channel_dim, codebooks.dim() == 4), _heads(codebooks)
     heads, number, size, dim = books.shape
     passed = None if levels is None else layout.per_row(levels)
     residual, total = _start(layout.rows(z), books)
     shape = residual.shape[:3]
     indices = torch.empty(*shape, number, dtype=torch.int64, device=z.device)
     errors = torch.zeros(heads, number, dtype=torch.float64, device=z.device)
-    counts = torch.zeros((heads, number, size) if statistics_wanted else 0, dtype=torch.int64, device=z.device)
+    counts = torch.zeros((heads, number, size) if wanted.statistics else 0, dtype=torch.int64, device=z.device)
     sums = torch.zeros(
-        (heads, number, size, dim) if statistics_wanted else 0,
+        (heads, number, size, dim) if wanted.statistics else 0,
         dtype=torch.float64 if z.dtype == torch.float64 else torch.float32,
         device=z.device,
     )
+    search = wanted.search._replace(channel_dim=3)
     for q in range(number):
         rows = residual.movedim(1, 0)  # (head, batch, position, channel), as the fallback's search wants it
         mask = None if passed is None else (passed > q).movedim(1, 0)
-        index, _ = eager.nearest(rows, books[:, q], mask, 3, metric, precision)
-        if statistics_wanted:
+        index, _ = eager.nearest(rows, books[:, q], mask, *search)
+        if wanted.statistics:
             counts[:, q], sums[:, q] = eager.statistics(rows, index, size, mask, 3, True)
         index = index.movedim(0, 1)
         indices[..., q] = index
@@ -63,16 +65,15 @@ def residual_quantize_backward(
     z: Tensor,
     codebooks: Tensor,
     indices: Tensor,
-    channel_dim: int,
-    gradient: str,
-    codebook_gradient: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and of the codebooks; see `vqkernels.ops.residual`."""
-    layout, books = layout_of(z, channel_dim, codebooks.dim() == 4), _heads(codebooks)
+    wanted = GradientOptions(*options)
+    layout, books = layout_of(z, wanted.channel_dim, codebooks.dim() == 4), _heads(codebooks)
     heads, number, size, dim = books.shape
     rows = layout.rows(z)
     residual, total = _start(rows, books)
-    grad_books = torch.zeros_like(books, memory_format=torch.contiguous_format) if codebook_gradient else None
+    grad_books = torch.zeros_like(books, memory_format=torch.contiguous_format) if wanted.codebook_gradient else None
     commitment, bad = torch.zeros_like(rows, dtype=torch.float64), torch.zeros_like(rows[..., :1], dtype=torch.bool)
     for q in range(number):
         index = layout.per_row(indices[..., q])
@@ -96,7 +97,7 @@ def residual_quantize_backward(
             grad_books[head, q] = torch.where(used[:, None], scaled, 0.0).to(books.dtype)
     passes = (layout.per_row(indices[..., 0]) >= 0).unsqueeze(-1)
     through = layout.rows(grad_quantized).to(torch.float64)
-    if gradient == "rotation":
+    if wanted.gradient == "rotation":
         through = rotate_gradient(through, torch.where(passes, rows, 0.0).to(torch.float64), total.to(torch.float64))
     grad_rows = torch.where(passes, torch.where(bad, torch.nan, through + commitment), 0.0).to(z.dtype)
     grad_codebooks = codebooks.new_empty(0) if grad_books is None else grad_books.view(codebooks.shape)

@@ -7,30 +7,29 @@ equally near up to about 1e-15 of the scores, and the lowest index among equals.
 not exported.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .options import QuantizeOptions, SearchOptions
 
-def nearest(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, precision: str
-) -> tuple[Tensor, Tensor]:
-    indices = _search(z.movedim(channel_dim, -1), codebook, mask, metric)
+
+def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    wanted = SearchOptions(*options)
+    indices = _search(z.movedim(wanted.channel_dim, -1), codebook, mask, wanted.metric)
     return indices, (indices >= 0).sum()
 
 
 def quantize(
-    z: Tensor,
-    codebook: Tensor,
-    mask: Tensor | None,
-    channel_dim: int,
-    metric: str,
-    precision: str,
-    statistics: bool,
+    z: Tensor, codebook: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if statistics:
+    wanted = QuantizeOptions(*options)
+    channel_dim = wanted.channel_dim
+    if wanted.statistics:
         raise ValueError("statistics belong to training: export the model in eval mode")
     rows = z.movedim(channel_dim, -1)
-    indices = _search(rows, codebook, mask, metric)
+    indices = _search(rows, codebook, mask, wanted.metric)
     chosen = indices.clamp_min(0)
     if codebook.dim() == 3:
         head = torch.arange(codebook.shape[0], device=z.device).view(-1, *[1] * (chosen.dim() - 1))
@@ -46,15 +45,11 @@ def quantize(
 
 
 def residual_quantize(
-    z: Tensor,
-    codebooks: Tensor,
-    levels: Tensor | None,
-    channel_dim: int,
-    metric: str,
-    precision: str,
-    statistics: bool,
+    z: Tensor, codebooks: Tensor, levels: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if statistics:
+    wanted = QuantizeOptions(*options)
+    channel_dim = wanted.channel_dim
+    if wanted.statistics:
         raise ValueError("statistics belong to training: export the model in eval mode")
     batched, dim = codebooks.dim() == 4, codebooks.shape[-1]
     rows = z.movedim(channel_dim, -1)
@@ -65,7 +60,7 @@ def residual_quantize(
     indices, errors = [], []
     for q in range(stack.shape[1]):
         mask = None if levels is None else levels.reshape(rest.shape[:2]) > q
-        index = _search(rest, stack[:, q], mask, metric)
+        index = _search(rest, stack[:, q], mask, wanted.metric)
         codes = stack[:, q].gather(1, index.clamp_min(0).unsqueeze(-1).expand(-1, -1, dim))
         kept = (index >= 0).unsqueeze(-1)
         difference = torch.where(kept, rest.to(torch.float64) - codes.to(torch.float64), 0.0)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..backends.options import QuantizeOptions, SearchOptions
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 METRICS = ("euclidean", "dot", "cosine")
 GRADIENTS = ("straight_through", "rotation")
@@ -149,6 +151,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of a few names, or a sentence that lists them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_options(options: QuantizeOptions | SearchOptions, gradient: str = GRADIENTS[0]) -> None:
+    """The choices among names; `check_rows` looks at the axis of channels."""
+    check_choice("metric", options.metric, METRICS)
+    check_choice("gradient", gradient, GRADIENTS)
+    check_choice("precision", options.precision, PRECISIONS)
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

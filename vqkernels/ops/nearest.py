@@ -6,21 +6,20 @@ import torch
 from torch import Tensor
 
 from ..backends import registry
-from .checks import METRICS, PRECISIONS, check_choice, check_mask, check_rows, row_shape
+from ..backends.options import SearchOptions, schema_of
+from .checks import check_mask, check_options, check_rows, row_shape
 from .differentiation import at_least_one
 from .registration import Operation
 
 
-def _fake(
-    z: Tensor, codebook: Tensor, mask: Tensor | None, channel_dim: int, metric: str, precision: str
-) -> tuple[Tensor, Tensor]:
-    return z.new_empty(row_shape(z, channel_dim), dtype=torch.int64), z.new_empty((), dtype=torch.int64)
+def _fake(z, _codebook, _mask, *options):
+    shape = row_shape(z, SearchOptions(*options).channel_dim)
+    return z.new_empty(shape, dtype=torch.int64), z.new_empty((), dtype=torch.int64)
 
 
 nearest = Operation(
     "nearest",
-    "(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, str precision)"
-    " -> (Tensor indices, Tensor decided)",
+    f"(Tensor z, Tensor codebook, Tensor? mask, {schema_of(SearchOptions)}) -> (Tensor indices, Tensor decided)",
     _fake,
 )
 
@@ -88,12 +87,12 @@ def nearest_code(
     Raises:
         TypeError, ValueError: one sentence that names the argument, what was expected and what came.
     """
-    check_choice("metric", metric, METRICS)
-    check_choice("precision", precision, PRECISIONS)
-    channel_dim = check_rows(z, codebook, channel_dim)
-    check_mask(mask, z, channel_dim)
+    options = SearchOptions(channel_dim, metric, precision)
+    check_options(options)
+    options = SearchOptions(check_rows(z, codebook, channel_dim), *options[1:])
+    check_mask(mask, z, options.channel_dim)
     chosen = registry.resolve(backend, z.device, "nearest")
-    indices, decided = nearest(chosen, z.detach(), codebook.detach(), mask, channel_dim, metric, precision)
+    indices, decided = nearest(chosen, z.detach(), codebook.detach(), mask, *options)
     if not return_certificate:
         return indices
     total = at_least_one(indices.numel() if mask is None else mask.sum())

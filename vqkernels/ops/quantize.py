@@ -7,60 +7,25 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..backends import registry
-from ..backends.layout import empty_rows, layout_of
-from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_indices, check_mask, check_rows, row_shape
-from .differentiation import FusedFunction, at_least_one, is_differentiated, kept_indices
+from ..backends.options import QuantizeOptions, schema_of
+from .checks import check_indices, check_mask, check_options, check_rows
+from .differentiation import is_differentiated
+from .quantization import QuantizeFunction, fake_quantize, mean, save_for_backward, with_kept_indices
 from .registration import Operation
 
 
-def _fake_forward(
-    z: Tensor,
-    codebook: Tensor,
-    mask: Tensor | None,
-    channel_dim: int,
-    metric: str,
-    precision: str,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batched = codebook.dim() == 3
-    heads = z.shape[0] if batched else 1
-    sums = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return (
-        empty_rows(z, layout_of(z, channel_dim, batched)),
-        z.new_empty(row_shape(z, channel_dim), dtype=torch.int64),
-        z.new_empty((), dtype=torch.float64),
-        z.new_empty((heads, codebook.shape[-2]) if statistics else (0,), dtype=torch.int64),
-        z.new_empty((heads, *codebook.shape[-2:]) if statistics else (0,), dtype=sums),
-    )
+def _fake_forward(z, codebook, _mask, *options):
+    return fake_quantize(z, codebook, QuantizeOptions(*options), stacked=False)
 
 
-def _fake_lookup(
-    z: Tensor, codebook: Tensor, indices: Tensor, mask: Tensor | None, channel_dim: int, statistics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    quantized, _, squared_error, counts, sums = _fake_forward(z, codebook, mask, channel_dim, "", "", statistics)
-    return quantized, squared_error, counts, sums
-
-
-def _fake_backward(
-    grad_quantized: Tensor,
-    grad_codebook_loss: Tensor,
-    grad_commitment_loss: Tensor,
-    z: Tensor,
-    codebook: Tensor,
-    indices: Tensor,
-    channel_dim: int,
-    gradient: str,
-    codebook_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    grad_z = empty_rows(z, layout_of(z, channel_dim, codebook.dim() == 3))
-    if not codebook_gradient:
-        return grad_z, codebook.new_empty((0,))
-    return grad_z, torch.empty_like(codebook, memory_format=torch.contiguous_format)
+def _fake_lookup(z, codebook, _indices, _mask, channel_dim, statistics):
+    quantized, _, *found = fake_quantize(z, codebook, QuantizeOptions(channel_dim, "", "", statistics), stacked=False)
+    return quantized, *found
 
 
 quantize = Operation(
     "quantize",
-    "(Tensor z, Tensor codebook, Tensor? mask, int channel_dim, str metric, str precision, bool statistics)"
+    f"(Tensor z, Tensor codebook, Tensor? mask, {schema_of(QuantizeOptions)})"
     " -> (Tensor quantized, Tensor indices, Tensor squared_error, Tensor counts, Tensor sums)",
     _fake_forward,
 )
@@ -70,116 +35,39 @@ lookup = Operation(
     " -> (Tensor quantized, Tensor squared_error, Tensor counts, Tensor sums)",
     _fake_lookup,
 )
-quantize_backward = Operation(
-    "quantize_backward",
-    "(Tensor grad_quantized, Tensor grad_codebook_loss, Tensor grad_commitment_loss, Tensor z, Tensor codebook,"
-    " Tensor indices, int channel_dim, str gradient, bool codebook_gradient) -> (Tensor grad_z, Tensor grad_codebook)",
-    _fake_backward,
-)
 
 
 def _forward(
-    z: Tensor,
-    codebook: Tensor,
-    mask: Tensor | None,
-    given: Tensor | None,
-    channel_dim: int,
-    metric: str,
-    precision: str,
-    statistics: bool,
-    backend: str,
+    z: Tensor, codebook: Tensor, mask: Tensor | None, given: Tensor | None, options: QuantizeOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `Quantization` holds."""
     kept = mask
     if given is None:
-        quantized, indices, squared_error, counts, sums = quantize(
-            backend, z, codebook, mask, channel_dim, metric, precision, statistics
-        )
+        quantized, indices, squared_error, counts, sums = quantize(backend, z, codebook, mask, *options)
     else:
         indices = given.clone() if mask is None else torch.where(mask, given, -1)
         kept = indices >= 0
-        quantized, squared_error, counts, sums = lookup(backend, z, codebook, indices, None, channel_dim, statistics)
+        rest = (None, options.channel_dim, options.statistics)
+        quantized, squared_error, counts, sums = lookup(backend, z, codebook, indices, *rest)
     elements = z.numel() if kept is None else kept.sum() * codebook.shape[-1]
-    wide = torch.float64 in (z.dtype, codebook.dtype)
-    loss = (squared_error / at_least_one(elements)).to(torch.float64 if wide else torch.float32)
+    loss = mean(squared_error, elements, z, codebook)
     return quantized, indices, loss, loss.clone(), counts, sums
 
 
-class VectorQuantizeFunction(FusedFunction):
-    """One fused forward operator, one fused backward operator; arguments and results as in `quantize_with_statistics`.
+class VectorQuantizeFunction(QuantizeFunction):
+    """`quantize_with_statistics` as a Function: (z, codebook, mask, indices, *QuantizeOptions, gradient, backend).
 
-    Saves z, the codebook and a copy of the indices: nothing of size N x K, no residual, no one-hot, and nothing that
-    the caller gets and may overwrite.
+    It returns the fields of `Quantization`, and the indices once more.
     """
 
     @staticmethod
-    def forward(
-        z: Tensor,
-        codebook: Tensor,
-        mask: Tensor | None,
-        given: Tensor | None,
-        channel_dim: int,
-        metric: str,
-        precision: str,
-        statistics: bool,
-        gradient: str,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        found = _forward(z, codebook, mask, given, channel_dim, metric, precision, statistics, backend)
-        return *found, kept_indices(found[1])
+    def forward(z, codebook, mask, given, channel_dim, metric, precision, statistics, gradient, backend):
+        options = QuantizeOptions(channel_dim, metric, precision, statistics)
+        return with_kept_indices(_forward(z, codebook, mask, given, options, backend))
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        z, codebook, _, _, channel_dim, _, _, _, gradient, backend = inputs
-        _, indices, _, _, counts, sums, kept = output
-        ctx.mark_non_differentiable(indices, counts, sums, kept)
-        ctx.save_for_backward(z, codebook, kept)
-        ctx.arguments = channel_dim, gradient, backend  # type: ignore[attr-defined]
-
-    @staticmethod
-    def backward(ctx, grad_quantized, _indices, grad_codebook_loss, grad_commitment_loss, *_):
-        channel_dim, gradient, backend = ctx.arguments
-        grad_z, grad_codebook = _QuantizeBackward.apply(
-            grad_quantized,
-            grad_codebook_loss,
-            grad_commitment_loss,
-            *ctx.saved_tensors,
-            channel_dim,
-            gradient,
-            ctx.needs_input_grad[1],
-            backend,
-        )
-        return grad_z, grad_codebook if ctx.needs_input_grad[1] else None, *(8 * [None])
-
-
-class _QuantizeBackward(FusedFunction):
-    """The gradient as a Function of its own, so that asking for a second derivative is an error, not a wrong zero."""
-
-    @staticmethod
-    def forward(
-        grad_quantized,
-        grad_codebook_loss,
-        grad_commitment_loss,
-        z,
-        codebook,
-        indices,
-        channel_dim,
-        gradient,
-        codebook_gradient,
-        backend,
-    ):
-        grad_losses = (grad_codebook_loss, grad_commitment_loss)
-        return quantize_backward(
-            backend, grad_quantized, *grad_losses, z, codebook, indices, channel_dim, gradient, codebook_gradient
-        )
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, grad_z, grad_codebook):
-        raise RuntimeError("vqkernels does not support double backward: vector_quantize is differentiable only once")
+        save_for_backward(ctx, inputs, output, stacked=False)
 
 
 class Quantization(NamedTuple):
@@ -212,17 +100,27 @@ def quantize_with_statistics(
     if the search had found them. -1 marks a row like a mask does. Out of range they raise on the CPU; elsewhere such a
     row becomes NaN and makes the losses NaN. `metric` and `precision` mean nothing then.
     """
-    check_choice("metric", metric, METRICS)
-    check_choice("gradient", gradient, GRADIENTS)
-    check_choice("precision", precision, PRECISIONS)
-    channel_dim = check_rows(z, codebook, channel_dim)
-    check_mask(mask, z, channel_dim)
-    check_indices(indices, z, channel_dim)
-    chosen = registry.resolve(backend, z.device, "quantize" if indices is None else "lookup")
-    inputs = (z, codebook, mask, indices, channel_dim, metric, precision, statistics)
+    options = QuantizeOptions(channel_dim, metric, precision, statistics)
+    return _quantize(z, codebook, mask, indices, options, gradient, backend)
+
+
+def _quantize(
+    z: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    given: Tensor | None,
+    options: QuantizeOptions,
+    gradient: str,
+    backend: str,
+) -> Quantization:
+    check_options(options, gradient)
+    options = QuantizeOptions(check_rows(z, codebook, options.channel_dim), *options[1:])
+    check_mask(mask, z, options.channel_dim)
+    check_indices(given, z, options.channel_dim)
+    chosen = registry.resolve(backend, z.device, "quantize" if given is None else "lookup")
     if not is_differentiated(z, codebook):
-        return Quantization(*_forward(*inputs, chosen))
-    return Quantization(*VectorQuantizeFunction.apply(*inputs, gradient, chosen)[:6])
+        return Quantization(*_forward(z, codebook, mask, given, options, chosen))
+    return Quantization(*VectorQuantizeFunction.apply(z, codebook, mask, given, *options, gradient, chosen)[:6])
 
 
 def vector_quantize(
@@ -265,14 +163,5 @@ def vector_quantize(
         TypeError, ValueError: one sentence that names the argument, what was expected and what came.
         RuntimeError: where a second derivative is asked for.
     """
-    return quantize_with_statistics(
-        z,
-        codebook,
-        mask=mask,
-        metric=metric,
-        gradient=gradient,
-        precision=precision,
-        channel_dim=channel_dim,
-        backend=backend,
-        statistics=False,
-    )[:4]
+    options = QuantizeOptions(channel_dim, metric, precision, statistics=False)
+    return _quantize(z, codebook, mask, None, options, gradient, backend)[:4]

@@ -7,163 +7,54 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..backends import registry
-from ..backends.layout import empty_rows, layout_of
-from .checks import GRADIENTS, METRICS, PRECISIONS, check_choice, check_levels, check_mask, check_rows, row_shape
-from .differentiation import FusedFunction, at_least_one, is_differentiated, kept_indices
+from ..backends.options import QuantizeOptions, schema_of
+from .checks import check_levels, check_mask, check_options, check_rows
+from .differentiation import at_least_one, is_differentiated
+from .quantization import QuantizeFunction, fake_quantize, mean, save_for_backward, with_kept_indices
 from .registration import Operation
 
 
-def _fake_forward(
-    z: Tensor,
-    codebooks: Tensor,
-    levels: Tensor | None,
-    channel_dim: int,
-    metric: str,
-    precision: str,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batched = codebooks.dim() == 4
-    heads, number = (z.shape[0] if batched else 1), codebooks.shape[-3]
-    sums = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return (
-        empty_rows(z, layout_of(z, channel_dim, batched)),
-        z.new_empty((*row_shape(z, channel_dim), number), dtype=torch.int64),
-        z.new_empty((heads, number), dtype=torch.float64),
-        z.new_empty((heads, number, codebooks.shape[-2]) if statistics else (0,), dtype=torch.int64),
-        z.new_empty((heads, number, *codebooks.shape[-2:]) if statistics else (0,), dtype=sums),
-    )
-
-
-def _fake_backward(
-    grad_quantized: Tensor,
-    grad_codebook_losses: Tensor,
-    grad_commitment_losses: Tensor,
-    z: Tensor,
-    codebooks: Tensor,
-    indices: Tensor,
-    channel_dim: int,
-    gradient: str,
-    codebook_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    grad_z = empty_rows(z, layout_of(z, channel_dim, codebooks.dim() == 4))
-    return grad_z, codebooks.new_empty(codebooks.shape if codebook_gradient else (0,))
+def _fake(z, codebooks, _levels, *options):
+    return fake_quantize(z, codebooks, QuantizeOptions(*options), stacked=True)
 
 
 residual_quantize = Operation(
     "residual_quantize",
-    "(Tensor z, Tensor codebooks, Tensor? levels, int channel_dim, str metric, str precision, bool statistics)"
+    f"(Tensor z, Tensor codebooks, Tensor? levels, {schema_of(QuantizeOptions)})"
     " -> (Tensor quantized, Tensor indices, Tensor squared_errors, Tensor counts, Tensor sums)",
-    _fake_forward,
-)
-residual_quantize_backward = Operation(
-    "residual_quantize_backward",
-    "(Tensor grad_quantized, Tensor grad_codebook_losses, Tensor grad_commitment_losses, Tensor z, Tensor codebooks,"
-    " Tensor indices, int channel_dim, str gradient, bool codebook_gradient)"
-    " -> (Tensor grad_z, Tensor grad_codebooks)",
-    _fake_backward,
+    _fake,
 )
 
 
 def _forward(
-    z: Tensor,
-    codebooks: Tensor,
-    levels: Tensor | None,
-    channel_dim: int,
-    metric: str,
-    precision: str,
-    statistics: bool,
-    backend: str,
+    z: Tensor, codebooks: Tensor, levels: Tensor | None, options: QuantizeOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `ResidualQuantization` holds."""
-    quantized, indices, squared_errors, counts, sums = residual_quantize(
-        backend, z, codebooks, levels, channel_dim, metric, precision, statistics
-    )
+    quantized, indices, squared_errors, counts, sums = residual_quantize(backend, z, codebooks, levels, *options)
     heads = codebooks.shape[0] if codebooks.dim() == 4 else 1
     if levels is None:
         rows: Tensor | int = z.numel() // (heads * codebooks.shape[-1])
     else:
         rows = (indices >= 0).view(heads, -1, indices.shape[-1]).sum(1)
-    wide = torch.float64 in (z.dtype, codebooks.dtype)
-    losses = (squared_errors / (at_least_one(rows) * codebooks.shape[-1])).to(torch.float64 if wide else torch.float32)
+    losses = mean(squared_errors, at_least_one(rows) * codebooks.shape[-1], z, codebooks)
     return quantized, indices, losses, losses.clone(), counts, sums
 
 
-class ResidualVectorQuantizeFunction(FusedFunction):
-    """One fused forward operator, one fused backward operator, whatever the number of levels.
+class ResidualVectorQuantizeFunction(QuantizeFunction):
+    """`residual_quantize_with_statistics` as a Function: (z, codebooks, levels, *QuantizeOptions, gradient, backend).
 
-    Saves z, the codebooks and a copy of the indices, which the caller may overwrite; the residuals are computed again
-    in the backward pass.
+    It returns the fields of `ResidualQuantization`, and the indices once more. The backward pass computes the residuals
+    again.
     """
 
     @staticmethod
-    def forward(
-        z: Tensor,
-        codebooks: Tensor,
-        levels: Tensor | None,
-        channel_dim: int,
-        metric: str,
-        precision: str,
-        statistics: bool,
-        gradient: str,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        found = _forward(z, codebooks, levels, channel_dim, metric, precision, statistics, backend)
-        return *found, kept_indices(found[1])
+    def forward(z, codebooks, levels, channel_dim, metric, precision, statistics, gradient, backend):
+        options = QuantizeOptions(channel_dim, metric, precision, statistics)
+        return with_kept_indices(_forward(z, codebooks, levels, options, backend))
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        z, codebooks, _, channel_dim, _, _, _, gradient, backend = inputs
-        _, indices, _, _, counts, sums, kept = output
-        ctx.mark_non_differentiable(indices, counts, sums, kept)
-        ctx.save_for_backward(z, codebooks, kept)
-        ctx.arguments = channel_dim, gradient, backend  # type: ignore[attr-defined]
-
-    @staticmethod
-    def backward(ctx, grad_quantized, _indices, grad_codebook_losses, grad_commitment_losses, *_):
-        channel_dim, gradient, backend = ctx.arguments
-        grad_z, grad_codebooks = _ResidualQuantizeBackward.apply(
-            grad_quantized,
-            grad_codebook_losses,
-            grad_commitment_losses,
-            *ctx.saved_tensors,
-            channel_dim,
-            gradient,
-            ctx.needs_input_grad[1],
-            backend,
-        )
-        return grad_z, grad_codebooks if ctx.needs_input_grad[1] else None, *(7 * [None])
-
-
-class _ResidualQuantizeBackward(FusedFunction):
-    """The gradient as a Function of its own, so that asking for a second derivative is an error, not a wrong zero."""
-
-    @staticmethod
-    def forward(
-        grad_quantized,
-        grad_codebook_losses,
-        grad_commitment_losses,
-        z,
-        codebooks,
-        indices,
-        channel_dim,
-        gradient,
-        codebook_gradient,
-        backend,
-    ):
-        grad_losses = (grad_codebook_losses, grad_commitment_losses)
-        return residual_quantize_backward(
-            backend, grad_quantized, *grad_losses, z, codebooks, indices, channel_dim, gradient, codebook_gradient
-        )
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, grad_z, grad_codebooks):
-        raise RuntimeError(
-            "vqkernels does not support double backward: residual_vector_quantize is differentiable only once"
-        )
+        save_for_backward(ctx, inputs, output, stacked=True)
 
 
 class ResidualQuantization(NamedTuple):
@@ -194,23 +85,34 @@ def residual_quantize_with_statistics(
     statistics: bool = True,
 ) -> ResidualQuantization:
     """`residual_vector_quantize` with the statistics of all levels from the same pass."""
-    check_choice("metric", metric, METRICS)
-    check_choice("gradient", gradient, GRADIENTS)
-    check_choice("precision", precision, PRECISIONS)
+    options = QuantizeOptions(channel_dim, metric, precision, statistics)
+    return _quantize(z, codebooks, mask, levels, options, gradient, backend)
+
+
+def _quantize(
+    z: Tensor,
+    codebooks: Tensor,
+    mask: Tensor | None,
+    levels: Tensor | None,
+    options: QuantizeOptions,
+    gradient: str,
+    backend: str,
+) -> ResidualQuantization:
+    check_options(options, gradient)
     stacked = isinstance(codebooks, Tensor) and codebooks.dim() in (3, 4)
     if not stacked or (not torch.jit.is_tracing() and codebooks.shape[-3] == 0):
         got = list(codebooks.shape) if isinstance(codebooks, Tensor) else type(codebooks).__name__
         raise ValueError(f"codebooks must be (Q, K, D) of at least one level, or (H, Q, K, D) with heads, got {got}")
-    channel_dim = check_rows(z, codebooks[..., 0, :, :], channel_dim)
-    check_mask(mask, z, channel_dim)
-    check_levels(levels, z, channel_dim)
+    options = QuantizeOptions(check_rows(z, codebooks[..., 0, :, :], options.channel_dim), *options[1:])
+    check_mask(mask, z, options.channel_dim)
+    check_levels(levels, z, options.channel_dim)
     if mask is not None:
         levels = torch.where(mask, codebooks.shape[-3] if levels is None else levels, 0)
     chosen = registry.resolve(backend, z.device, "residual_quantize")
-    inputs = (z, codebooks, levels, channel_dim, metric, precision, statistics)
     if not is_differentiated(z, codebooks):
-        return ResidualQuantization(*_forward(*inputs, chosen))
-    return ResidualQuantization(*ResidualVectorQuantizeFunction.apply(*inputs, gradient, chosen)[:6])
+        return ResidualQuantization(*_forward(z, codebooks, levels, options, chosen))
+    found = ResidualVectorQuantizeFunction.apply(z, codebooks, levels, *options, gradient, chosen)
+    return ResidualQuantization(*found[:6])
 
 
 def residual_vector_quantize(
@@ -259,18 +161,8 @@ def residual_vector_quantize(
         TypeError, ValueError: one sentence that names the argument, what was expected and what came.
         RuntimeError: where a second derivative is asked for.
     """
-    result = residual_quantize_with_statistics(
-        z,
-        codebooks,
-        mask=mask,
-        levels=levels,
-        metric=metric,
-        gradient=gradient,
-        precision=precision,
-        channel_dim=channel_dim,
-        backend=backend,
-        statistics=False,
-    )
+    options = QuantizeOptions(channel_dim, metric, precision, statistics=False)
+    result = _quantize(z, codebooks, mask, levels, options, gradient, backend)
     losses = (result.codebook_losses, result.commitment_losses)
     if codebooks.dim() == 3:
         losses = (losses[0].squeeze(0), losses[1].squeeze(0))

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import counter
 from ..backends.table import serves
+from ..ops.checks import METRICS
 from ..ops.nearest import nearest_code
 from ..ops.quantize import quantize_with_statistics, vector_quantize
 from ..ops.sample import sample_code
@@ -30,7 +31,6 @@ from .adversaries import ADVERSARIES
 from .layouts import LAYOUTS, flat, flat_rows
 from .place import REGIMES, Case, Place, close
 
-METRICS = ("euclidean", "dot", "cosine")
 TYPES = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
