@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from ..backends import registry
 from ..ops.checks import GRADIENTS, METRICS, PRECISIONS, check_choice
 from .arguments import check_decay, check_int, check_number, check_positive, check_seed, check_size
+from .freezing import untouched
 from .learning import Seen, TrainedCodebook
 from .normalisation import unit
 from .projection import channels_at, project, project_codes
 from .rows import RowLayout, Rows, zero_masked
+from .synchronisation import Ranks
 
 Layer = TypeVar("Layer", bound="CodebookQuantizer")
 _NEVER_SHOWN = {"codebook_dim", "beta", "revive_threshold", "seed", "process_group"}  # as differing from their defaults
@@ -30,13 +32,9 @@ class Forward(NamedTuple):
 
 
 def check_common(
-    *, dim: int, codebook_size: int, beta: float, gradient: str, channel_dim: int, precision: str, backend: str
+    dim: int, codebook_size: int, beta: float, gradient: str, channel_dim: int, precision: str, backend: str
 ) -> None:
-    """Checks the arguments that every quantizer layer has.
-
-    Raises:
-        ValueError: names the argument, what was expected and what came.
-    """
+    """Checks the arguments that every quantizer layer has."""
     check_size("dim", dim)
     check_size("codebook_size", codebook_size)
     check_number("beta", beta, 0)
@@ -61,7 +59,7 @@ class CodebookQuantizer(TrainedCodebook):
         parts: what the parts of the channels are called, and how many there are.
         leading: names and sizes of the axes of the codebook before `(K, D)`.
         cosine: rows and codes are scaled to length one.
-        sampled, draws, candidates: as in `CodebookState`.
+        sampled, draws, candidates: as in `CodebookState._make_state`.
         Everything else as in `VectorQuantizer`.
     """
 
@@ -93,15 +91,7 @@ class CodebookQuantizer(TrainedCodebook):
         draws: bool = False,
         candidates: int | None = None,
     ) -> None:
-        check_common(
-            dim=dim,
-            codebook_size=codebook_size,
-            beta=beta,
-            gradient=gradient,
-            channel_dim=channel_dim,
-            precision=precision,
-            backend=backend,
-        )
+        check_common(dim, codebook_size, beta, gradient, channel_dim, precision, backend)
         name, number = parts
         check_size(name, number)
         if codebook_dim is None:
@@ -118,23 +108,15 @@ class CodebookQuantizer(TrainedCodebook):
         check_choice("revive", revive, ("off", "rows"))
         if ema_update == "manual" and ema_decay is None:
             raise ValueError('ema_update="manual" needs ema_decay: without it the optimizer updates the codebook')
-        super().__init__(
-            {**leading, "codebook_size": codebook_size, "channels per code": codebook_dim},
-            ema_decay=ema_decay,
-            manual=ema_update == "manual",
-            cosine=cosine,
-            init=init,
-            revive=revive,
-            revive_threshold=revive_threshold,
-            seed=seed,
-            sampled=sampled,
-            draws=draws,
-            process_group=process_group,
-            candidates=candidates,
-        )
+        super().__init__()
         self.dim, self.codebook_size, self.codebook_dim, self._parts = dim, codebook_size, codebook_dim, number
-        self.beta, self.ema_update, self.metric, self.gradient = beta, ema_update, metric, gradient
+        self.beta, self.metric, self.gradient = beta, metric, gradient
         self.channel_dim, self.precision, self.backend = channel_dim, precision, backend
+        self.ema_decay, self.ema_update, self.ranks = ema_decay, ema_update, Ranks(process_group)
+        self.init, self.revive, self.revive_threshold = init, revive, revive_threshold
+        self._manual, self._cosine, self._given_seed = ema_update == "manual", cosine, seed
+        axes = {**leading, "codebook_size": codebook_size, "channels per code": codebook_dim}
+        self._make_state(axes, sampled=sampled, draws=draws, candidates=candidates)
         projects = number * codebook_dim != dim
         self.project_in = nn.Linear(dim, number * codebook_dim) if projects else None
         self.project_out = nn.Linear(number * codebook_dim, dim) if projects else None
@@ -201,7 +183,10 @@ class CodebookQuantizer(TrainedCodebook):
         if self.project_out is not None:
             quantized = project_codes(self.project_out, quantized, forward.layout.channel_dim)
             quantized = forward.layout.zero_masked(quantized)
-        return self._reached(quantized.to(dtype), loss, forward.freeze)
+        quantized = quantized.to(dtype)
+        if forward.freeze and self.training:  # DDP needs an edge to the codebook, though no gradient
+            quantized, loss = untouched(self.codebook, quantized, loss)
+        return quantized, loss
 
     def _decoded(self, codes: Tensor, indices: Tensor, axes: int) -> Tensor:
         """Codes of indices laid out like z; the last `axes` axes of the indices are parts and levels."""

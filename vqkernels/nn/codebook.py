@@ -21,15 +21,6 @@ from .wide import WideBuffers
 class CodebookState(Counted, Freezable, WideBuffers):
     """A codebook with its statistics.
 
-    Args:
-        axes: names and sizes of the codebook's axes.
-        manual: statistics wait for `update_codebook()`.
-        cosine: codes are looked up at length one.
-        sampled: codes are drawn in training.
-        draws: the layer draws random numbers of other kinds than those for codes, samples and revival.
-        candidates: heads of the rows that revival draws from; None: one per codebook.
-        Everything else as in `VectorQuantizer`.
-
     State: `codebook (K, D)` or `(H, K, D)` float32, a Parameter when trained by gradient and otherwise a buffer;
     `counts (K,)` or `(H, K)` int64 of the last training step; with EMA or revival `ema_counts` float32 like `counts`
     and `ema_steps ()` int64, the updates so far; with EMA `ema_sums` float32 like the codebook; with a temperature
@@ -39,6 +30,11 @@ class CodebookState(Counted, Freezable, WideBuffers):
     With ema_update="manual" the statistics since the last update belong to this rank and are in no state dict.
     """
 
+    ema_decay: float | None
+    init: str
+    revive: str
+    revive_threshold: float
+    ranks: Ranks
     codebook: Tensor
     ema_counts: Tensor
     ema_sums: Tensor
@@ -46,32 +42,25 @@ class CodebookState(Counted, Freezable, WideBuffers):
     sample_steps: Tensor
     initialised: Tensor
     seed: Tensor
+    _manual: bool  # statistics wait for `update_codebook()`
+    _cosine: bool  # codes are looked up at length one
+    _given_seed: int | None
     _owner: Tensor  # on which the first passes of checkpoints hang
     _pending: Pending | None
     _started: bool
     _started_buffer: int
 
-    def __init__(
-        self,
-        axes: dict[str, int],
-        *,
-        ema_decay: float | None,
-        manual: bool,
-        cosine: bool,
-        init: str,
-        revive: str,
-        revive_threshold: float,
-        seed: int | None,
-        sampled: bool,
-        draws: bool,
-        process_group: Any,
-        candidates: int | None,
-    ) -> None:
-        super().__init__()
+    def _make_state(self, axes: dict[str, int], *, sampled: bool, draws: bool, candidates: int | None) -> None:
+        """Makes the tensors, once the options of the layer are set.
+
+        Args:
+            axes: names and sizes of the codebook's axes.
+            sampled: codes are drawn in training.
+            draws: the layer draws random numbers of other kinds than those for codes, samples and revival.
+            candidates: heads of the rows that revival draws from; None: one per codebook.
+        """
+        ema_decay, init, revive = self.ema_decay, self.init, self.revive
         self._axes, shape = tuple(axes), tuple(axes.values())
-        self.ema_decay, self.init, self.revive, self.revive_threshold = ema_decay, init, revive, revive_threshold
-        self.ranks = Ranks(process_group)
-        self._manual, self._cosine, self._given_seed = manual, cosine, seed
         self._candidates = candidates or math.prod(shape[:-2])
         self._tracks_usage = ema_decay is not None or revive != "off"
         codebook = torch.empty(shape, dtype=torch.float32)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..ops.recomputation import as_seen, change, enter
 from .codebook import CodebookState
 from .ema import ema_update_
-from .freezing import untouched
 from .initialisation import initial_codes
 from .random import count_rows
 from .revival import (
@@ -95,12 +94,6 @@ class TrainedCodebook(CodebookState):
         if seen is None or seen.codebook is None:
             return self.codebook
         return as_seen(self.codebook, seen.codebook)
-
-    def _reached(self, quantized: Tensor, loss: Tensor, freeze: bool) -> tuple[Tensor, Tensor]:
-        """Results of a forward; those of a frozen one reach the codebook without a gradient, as DDP needs it."""
-        if freeze and self.training:
-            quantized, loss = untouched(self.codebook, quantized, loss)
-        return quantized, loss
 
     def _must_start(self) -> bool:
         """Whether the codes still have to be computed. The buffer decides; the host remembers that it was set.

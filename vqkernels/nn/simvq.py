@@ -50,15 +50,7 @@ class SimVQ(Counted, Freezable, WideBuffers):
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        check_common(
-            dim=dim,
-            codebook_size=codebook_size,
-            beta=beta,
-            gradient=gradient,
-            channel_dim=channel_dim,
-            precision=precision,
-            backend=backend,
-        )
+        check_common(dim, codebook_size, beta, gradient, channel_dim, precision, backend)
         basis_dim = dim if basis_dim is None else basis_dim
         check_size("basis_dim", basis_dim)
         self.dim, self.codebook_size, self.beta, self.gradient = dim, codebook_size, beta, gradient

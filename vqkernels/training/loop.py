@@ -8,6 +8,7 @@ Started by `torchrun`, the processes share every batch: at an equal global batch
 to the order of summation. The first process alone writes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,16 +17,29 @@ import torch
 from torch import nn
 
 from vqkernels.models import VQVAE, Prior
-from vqkernels.training.acceleration import Speed
+from vqkernels.training.acceleration import Speed, SpeedConfig
 from vqkernels.training.checkpoint import ImageFormat, RunDirectory
 from vqkernels.training.config import RunConfig
 from vqkernels.training.data import ImageData, load_images
 from vqkernels.training.distributed import Ranks, joined
 from vqkernels.training.errors import UserError
 from vqkernels.training.model_building import build_prior, build_vqvae, check_backend, pick_device
-from vqkernels.training.resumption import check_resumable
 from vqkernels.training.stage_training import Session, StageTraining
 from vqkernels.training.stages import PriorStage, TrainingStage, VQVAEStage
+
+# What a resumed run may change; the data may move, but its images must be the same.
+FREE = {
+    "data",
+    "device",
+    "backend",
+    "parallel",
+    "log_every",
+    "checkpoint_every",
+    "picture_every",
+    "vqvae.steps",
+    "prior.steps",
+    *(f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)),
+}
 
 
 class Trained(NamedTuple):
@@ -98,7 +112,7 @@ def _train(
         try:
             state = run.load_state() if resume else None
             if state is not None:
-                check_resumable(state, config, data, out, stage)
+                _check_resumable(state, config, data, out, stage)
                 run.export(state, images)
             elif stage == "prior":
                 raise UserError(f"the VQ-VAE of {out} has no checkpoint yet; train it with --stage vqvae or all")
@@ -159,7 +173,7 @@ def train_stage(
     try:
         state = run.load_state() if resume else None
         if state is not None:
-            check_resumable(state, config, data, out, stage.name)
+            _check_resumable(state, config, data, out, stage.name)
         run.begin(config)
         ranks = Ranks(0, 1, pick_device(config.device))
         session = Session(run, config, data, nn.Module(), state, progress, should_stop, ranks)
@@ -172,3 +186,27 @@ def train_stage(
 
 def _load(config: RunConfig) -> ImageData:
     return load_images(config.data, color=config.color, held_out=config.held_out, seed=config.seed)
+
+
+def _check_resumable(state: dict[str, Any], config: RunConfig, data: ImageData, out: Path, stage: str) -> None:
+    """Raise UserError unless the state of a checkpoint can be continued under this configuration."""
+    before = RunConfig.from_toml(state["config"], str(out))
+    prior_begun = state["stage"] == "prior"
+    changed = [
+        name
+        for name in config.differences(before)
+        if (name not in FREE and (prior_begun or not name.startswith("prior.")))
+        or (prior_begun and name == "vqvae.steps")
+    ]
+    if changed:
+        both = [f"{name} ({before.value(name)}, now {config.value(name)})" for name in changed]
+        raise UserError(f"the run {out} was begun with another {' and '.join(both)}; a resumed run cannot change it")
+    if state["data"] != data.fingerprint():
+        raise UserError(f"the images of {config.data} are not those that the run {out} was begun with")
+    if stage == "vqvae" and prior_begun:
+        raise UserError(f"the VQ-VAE of {out} is frozen, for its prior is being trained; use --stage prior or all")
+    if stage == "prior" and not prior_begun and state["step"] < config.vqvae.steps:
+        raise UserError(
+            f"the VQ-VAE of {out} has done {state['step']} of its {config.vqvae.steps} steps; "
+            "finish it with --stage vqvae, or lower --vqvae.steps"
+        )
