@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "reading.h"
+
 namespace vqkernels {
 namespace {
 
@@ -14,21 +16,6 @@ constexpr double kFloatRange = 0x1p24;    // a larger float has no fraction
 constexpr double kFar[2] = {1e30, 1e300};  // of float and double: beyond every logit
 
 template <class Real> constexpr double far_away() { return kFar[sizeof(Real) == sizeof(double)]; }
-
-// Calls f(d, value) for every channel of a code or a row, in double.
-template <class F> void read_code(const Codes& codes, int64_t k, const F& f) {
-  with_type(codes.dtype, [&](auto* type) {
-    const auto* code = static_cast<decltype(type)>(codes.data) + k * codes.channels;
-    for (int64_t d = 0; d < codes.channels; ++d) f(d, double(widen(code[d])));
-  });
-}
-
-template <class F> void read_row(const Rows& rows, int64_t row, const F& f) {
-  with_type(rows.dtype, [&](auto* type) {
-    const auto* x = static_cast<decltype(type)>(rows.data) + rows.offset(row);
-    for (int64_t d = 0; d < rows.channels; ++d) f(d, double(widen(x[d * rows.channel_stride])));
-  });
-}
 
 // Rows or codes as the sweeps stream them, [tile][channel][item], zeros behind the last.
 template <class Real> struct Packed {
