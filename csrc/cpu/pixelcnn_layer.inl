@@ -98,7 +98,8 @@ template <class T> inline void vertical(const PixelCNNVertical<T>& x, int64_t fi
 
 // grad_above (4 T, 2C) of a grid row, zeros behind its width; `gated` is room for the gradient of the gated features.
 template <class T>
-inline void gate_gradient_row(const PixelCNNVerticalBackward<T>& x, int64_t grid, int64_t row, T* gated, T* out, T* sum) {
+inline void gate_gradient_row(const PixelCNNVerticalBackward<T>& x, int64_t grid, int64_t row, T* gated, T* out,
+                              T* sum) {
   using Vector = typename Lanes<T>::Vector;
   const PixelCNNGrids& g = x.grids;
   const int64_t channels = g.channels, twice = 2 * channels, tiles = g.tiles();
@@ -122,7 +123,8 @@ inline void gate_gradient_row(const PixelCNNVerticalBackward<T>& x, int64_t grid
       into_tile_backward(in, back);
       for (int k = 0; k < kElements; ++k) {
         T* to = gated + (kOutputs * t + k) * channels + c;
-        store_some(to, k < 2 ? add(load_some(to, left), back[k]) : back[k], left);  // two columns are the last tile's too
+        store_some(to, k < 2 ? add(load_some(to, left), back[k]) : back[k],
+                   left);  // two columns are the last tile's too
       }
     });
   }
@@ -133,7 +135,8 @@ inline void gate_gradient_row(const PixelCNNVerticalBackward<T>& x, int64_t grid
     T* step = g.shift_per_position ? x.grad_shift + (at + w) * twice : sum;
     each_vector<T>(channels, [&](int64_t c, int64_t left) {
       const auto read = [&](const T* from, int64_t half) { return load_some(from + half + c, left); };
-      const Gate<T> gate = gate_parts<T>(add(read(above, 0), read(shift, 0)), add(read(above, channels), read(shift, channels)));
+      const Gate<T> gate =
+          gate_parts<T>(add(read(above, 0), read(shift, 0)), add(read(above, channels), read(shift, channels)));
       const Vector dy = load_some(gated + (w + 1) * channels + c, left);
       const Vector da = mul(dy, mul(gate.share, gate.content_slope)), db = mul(dy, mul(gate.content, gate.share_slope));
       store_some(out + w * twice + c, add(read(grad, 0), da), left);
@@ -154,7 +157,8 @@ template <class T> inline void vertical_backward(const PixelCNNVerticalBackward<
     if (!g.shift_per_position) memset(sum, 0, twice * sizeof(T));
     for (int64_t row = 0; row < g.height; ++row) {
       const int64_t line = grid * g.height + row;
-      gate_gradient_row(x, grid, row, gated.data(), x.grad_given ? x.grad_given + line * g.width * twice : grad.data(), sum);
+      gate_gradient_row(x, grid, row, gated.data(), x.grad_given ? x.grad_given + line * g.width * twice : grad.data(),
+                        sum);
       if (x.grad_given) continue;
       for (int64_t t = 0; t < tiles; ++t) {
         T* m = x.grad_products + (line * tiles + t) * twice;
@@ -197,13 +201,15 @@ template <class T> inline void gate_backward(const PixelCNNGate<T>& x, int64_t f
       T* step = g.shift_per_position ? x.grad_shift + at * twice : sum;
       each_vector<T>(channels, [&](int64_t c, int64_t left) {
         const auto read = [&](const T* from, int64_t half) { return load_some(from + half + c, left); };
-        const Gate<T> gate = gate_parts<T>(add(read(in, 0), read(shift, 0)), add(read(in, channels), read(shift, channels)));
+        const Gate<T> gate =
+            gate_parts<T>(add(read(in, 0), read(shift, 0)), add(read(in, channels), read(shift, channels)));
         Vector dy = load_some(x.grad + at * channels + c, left), y = mul(gate.content, gate.share);
         if (x.scale) {
           const Vector scale = load_some(x.scale + at * channels + c, left);
           dy = mul(dy, scale), y = mul(y, scale);
         }
-        const Vector da = mul(dy, mul(gate.share, gate.content_slope)), db = mul(dy, mul(gate.content, gate.share_slope));
+        const Vector da = mul(dy, mul(gate.share, gate.content_slope)),
+                     db = mul(dy, mul(gate.content, gate.share_slope));
         store_some(x.gated + at * channels + c, y, left);
         store_some(out + c, da, left);
         store_some(out + channels + c, db, left);

@@ -49,8 +49,7 @@ template <class R, class S> double step(R* residual, S* sum, double code, bool f
 }
 
 // One row at one level: residual and sum of codes go on; the squared error is returned.
-template <class R, class S, class C>
-double step_row(R* residual, S* sum, const C* code, int64_t channels, bool first) {
+template <class R, class S, class C> double step_row(R* residual, S* sum, const C* code, int64_t channels, bool first) {
   double partial[kPartials] = {};
   int64_t d = 0;
   for (; d + kPartials <= channels; d += kPartials)
@@ -118,8 +117,9 @@ template <class C> void add_codes(const Path& path, double* sum) {
   }
 }
 
-// gradient <- gradient + weight[q] (r_q - e_q) over the levels that a row passes; r is r_0, and ends as what is left. Writes,
-// unless null, the code that counts at each level, code[q * rows]. Returns whether the row is finite at each of them.
+// gradient <- gradient + weight[q] (r_q - e_q) over the levels that a row passes; r is r_0, and ends as what is left.
+// Writes, unless null, the code that counts at each level, code[q * rows]. Returns whether the row is finite at each of
+// them.
 template <class C, class R>
 bool add_steps(const Path& path, const double* weight, R* r, double* gradient, int32_t* code, int64_t rows) {
   bool good = true;
@@ -148,7 +148,8 @@ void read_residuals(const Rows& z, int64_t begin, int64_t end, const int64_t* pa
     R* out = static_cast<R*>(residual);
     std::vector<const T*> from(end - begin, nullptr);
     for (int64_t row = begin; row < end; ++row)
-      if (passed == nullptr || passed[row - begin] > 0) from[row - begin] = static_cast<const T*>(z.data) + z.offset(row);
+      if (passed == nullptr || passed[row - begin] > 0)
+        from[row - begin] = static_cast<const T*>(z.data) + z.offset(row);
     walk(z.channel_stride, end - begin, channels, [&](int64_t i, int64_t d) {
       out[i * channels + d] = from[i] == nullptr ? R(0) : R(widen(from[i][d * z.channel_stride]));
     });

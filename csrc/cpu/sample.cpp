@@ -108,8 +108,8 @@ void sample_rows(const Rows& rows, const SampleCodes& codes, double temperature,
   }
   double best[kSampleRows];
   int32_t slot[kSampleRows];
-  active().sample_panel({panel.data(), low, high, codes.codes.data(), codes.index.data(), int64_t(codes.index.size()), channels,
-       euclidean, scaled_inverse, best, slot});
+  active().sample_panel({panel.data(), low, high, codes.codes.data(), codes.index.data(), int64_t(codes.index.size()),
+                         channels, euclidean, scaled_inverse, best, slot});
   for (int64_t i = 0; i < end - begin; ++i) {
     if (!wanted[i]) continue;
     const int64_t chosen = fabs(best[i]) < 1e30 ? slot[i] : sample_in_double(rows, codes, inverse, key[i], begin + i);
