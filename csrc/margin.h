@@ -1,4 +1,5 @@
-// The certificate of the fp16 candidate pass: the largest score that a code may have and still be the contract's choice.
+// The certificate of the fp16 candidate pass: the largest score that a code may have and still be the contract's
+// choice.
 //
 // The derivation, and the attack on it, are those of vqkernels/backends/triton/margin.py and tests/backends/triton/
 // test_margin.py; this is the same function, operation by operation. In code units: X is a row's rounded image with
@@ -18,10 +19,9 @@
 
 namespace vqkernels {
 
-
 // `padded` is D as the packed operands store it.
 VQ_BOTH float margin_threshold(float best, float norm, float error, float radius, float spread, int padded,
-                                    Metric metric) {
+                               Metric metric) {
   const float gamma = 2.0f * 1.25f * float(padded) * 0x1p-23f;
   const float eta = (gamma + 0x1p-21f) * norm * radius + 0x1p-21f * radius * radius + 0x1p-40f;
   const float reach = error * (radius + spread) + norm * spread;

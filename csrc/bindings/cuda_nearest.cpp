@@ -14,8 +14,8 @@ cuda::Problem problem_of(const Tensor& z, const Tensor& codebook, const std::opt
   STD_TORCH_CHECK(codebook.size(0) == z.size(1) && codebook.size(2) == z.size(3),
                   "z and codebook differ in heads or channels");
   STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-  return {cuda_rows(z),     cuda_codes(codebook), cuda_per_row(mask), codebook.size(1),
-          metric_of(metric), precision != "fast"};
+  return {cuda_rows(z),     cuda_codes(codebook), cuda_per_row(mask),
+          codebook.size(1), metric_of(metric),    precision != "fast"};
 }
 
 }  // namespace
@@ -29,8 +29,8 @@ int64_t cuda_nearest_workspace(const Tensor& z, const Tensor& codebook, std::opt
   return int64_t(bytes);
 }
 
-// Fills indices (batch, head, position) int64 and decided () int64; with quantized (of z's sizes and dtype), also that and
-// squared_error () float64. Returns how many kernels it launched.
+// Fills indices (batch, head, position) int64 and decided () int64; with quantized (of z's sizes and dtype), also that
+// and squared_error () float64. Returns how many kernels it launched.
 int64_t cuda_nearest(const Tensor& z, const Tensor& codebook, std::optional<Tensor> mask, std::string metric,
                      std::string precision, Tensor indices, Tensor decided, std::optional<Tensor> quantized,
                      std::optional<Tensor> squared_error, Tensor workspace, int64_t processors, int64_t stream) {
@@ -45,9 +45,10 @@ int64_t cuda_nearest(const Tensor& z, const Tensor& codebook, std::optional<Tens
   const cuda::Output out = {cuda_per_row(indices), quantized ? cuda_rows(*quantized) : cuda::Rows{},
                             squared_error ? static_cast<double*>(squared_error->mutable_data_ptr()) : nullptr};
   int launches = 0;
-  check_cuda(vqkernels_cuda_nearest(&problem, &out, static_cast<int64_t*>(decided.mutable_data_ptr()), int(processors),
-                                    workspace.mutable_data_ptr(), size_t(workspace.numel()), &launches, stream_of(stream)),
-             "the nearest-code search");
+  check_cuda(
+      vqkernels_cuda_nearest(&problem, &out, static_cast<int64_t*>(decided.mutable_data_ptr()), int(processors),
+                             workspace.mutable_data_ptr(), size_t(workspace.numel()), &launches, stream_of(stream)),
+      "the nearest-code search");
   return launches;
 }
 
@@ -62,17 +63,17 @@ int64_t cuda_lookup_workspace(const Tensor& z, const Tensor& codebook) {
 void cuda_lookup(const Tensor& z, const Tensor& codebook, const Tensor& indices, Tensor quantized, Tensor squared_error,
                  Tensor workspace, int64_t stream) {
   const cuda::Problem problem = problem_of(z, codebook, std::nullopt, "euclidean", "exact");
-  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 3 &&
-                      indices.numel() == problem.z.total(),
-                  "indices must be int64, one per row");
-  STD_TORCH_CHECK(quantized.dim() == 4 && quantized.scalar_type() == z.scalar_type() && quantized.numel() == z.numel() &&
-                      squared_error.scalar_type() == ScalarType::Double,
+  STD_TORCH_CHECK(
+      indices.scalar_type() == ScalarType::Long && indices.dim() == 3 && indices.numel() == problem.z.total(),
+      "indices must be int64, one per row");
+  STD_TORCH_CHECK(quantized.dim() == 4 && quantized.scalar_type() == z.scalar_type() &&
+                      quantized.numel() == z.numel() && squared_error.scalar_type() == ScalarType::Double,
                   "quantized must be like z, squared_error float64");
   const cuda::Output out = {cuda_per_row(indices), cuda_rows(quantized),
                             static_cast<double*>(squared_error.mutable_data_ptr())};
-  check_cuda(vqkernels_cuda_lookup(&problem, &out, workspace.mutable_data_ptr(), size_t(workspace.numel()),
-                                   stream_of(stream)),
-             "the look-up");
+  check_cuda(
+      vqkernels_cuda_lookup(&problem, &out, workspace.mutable_data_ptr(), size_t(workspace.numel()), stream_of(stream)),
+      "the look-up");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels, CompositeExplicitAutograd, m) {

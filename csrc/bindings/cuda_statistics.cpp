@@ -16,8 +16,9 @@ int64_t cuda_segment_sums_workspace(int64_t rows, int64_t groups, int64_t channe
 void cuda_segment_sums(const Tensor& z, const Tensor& indices, std::optional<Tensor> mask, int64_t codes,
                        std::optional<Tensor> codebook, std::optional<Tensor> grad, std::optional<Tensor> elements,
                        std::optional<Tensor> counts, Tensor sums, Tensor workspace, int64_t stream) {
-  STD_TORCH_CHECK(z.dim() == 4 && indices.dim() == 3 && (!mask || mask->dim() == 3) && (!codebook || codebook->dim() == 3),
-                  "z, indices, mask and codebook must be in canonical form");
+  STD_TORCH_CHECK(
+      z.dim() == 4 && indices.dim() == 3 && (!mask || mask->dim() == 3) && (!codebook || codebook->dim() == 3),
+      "z, indices, mask and codebook must be in canonical form");
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && (!mask || mask->scalar_type() == ScalarType::Bool) &&
                       (!counts || counts->scalar_type() == ScalarType::Long) &&
                       (!elements || elements->scalar_type() == ScalarType::Long),
@@ -36,8 +37,9 @@ void cuda_segment_sums(const Tensor& z, const Tensor& indices, std::optional<Ten
   what.counts = counts ? static_cast<int64_t*>(counts->mutable_data_ptr()) : nullptr;
   what.sums = sums.mutable_data_ptr();
   what.sums_type = dtype_of(sums);
-  check_cuda(vqkernels_cuda_segment_sums(&what, workspace.mutable_data_ptr(), size_t(workspace.numel()), stream_of(stream)),
-             "segment sums");
+  check_cuda(
+      vqkernels_cuda_segment_sums(&what, workspace.mutable_data_ptr(), size_t(workspace.numel()), stream_of(stream)),
+      "segment sums");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels, CompositeExplicitAutograd, m) {

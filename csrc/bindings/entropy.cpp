@@ -43,8 +43,9 @@ ScalarType result_type(const Tensor& z, const Tensor& codebook) {
 
 }  // namespace
 
-// -> sample_entropy, codebook_entropy (heads) float64; row_entropy, log_partition (heads, rows) and mean_assignment (heads,
-// size) float32, or float64 where an input is. log_partition is in units of log 2, without the row's own constant.
+// -> sample_entropy, codebook_entropy (heads) float64; row_entropy, log_partition (heads, rows) and mean_assignment
+// (heads, size) float32, or float64 where an input is. log_partition is in units of log 2, without the row's own
+// constant.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> entropy_cpu(const Tensor& z_in, const Tensor& codebook_in,
                                                                std::optional<Tensor> mask, int64_t channel_dim,
                                                                std::string metric, const Tensor& temperature_in) {
@@ -90,8 +91,8 @@ std::tuple<Tensor, Tensor> entropy_backward_cpu(const Tensor& grad_sample_in, co
                                                 const Tensor& z_in, const Tensor& codebook_in,
                                                 std::optional<Tensor> mask, const Tensor& row_entropy_in,
                                                 const Tensor& log_partition_in, const Tensor& mean_in,
-                                                int64_t channel_dim, std::string metric,
-                                                const Tensor& temperature_in, bool codebook_gradient) {
+                                                int64_t channel_dim, std::string metric, const Tensor& temperature_in,
+                                                bool codebook_gradient) {
   const bool batched = is_batched(codebook_in);
   const Tensor z = mergeable(z_in, channel_dim, batched), codebook = torch::stable::contiguous(codebook_in);
   if (mask) mask = torch::stable::contiguous(*mask);
@@ -106,9 +107,9 @@ std::tuple<Tensor, Tensor> entropy_backward_cpu(const Tensor& grad_sample_in, co
   const ScalarType type = result_type(z, codebook);
   const double temperature = temperature_of(temperature_in);
   for (const Tensor& x : {grad_sample, grad_whole})
-    STD_TORCH_CHECK(x.numel() == layout.heads &&
-                        (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double),
-                    "the incoming gradients must be float32 or float64 with one element per head");
+    STD_TORCH_CHECK(
+        x.numel() == layout.heads && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double),
+        "the incoming gradients must be float32 or float64 with one element per head");
   STD_TORCH_CHECK(row_entropy.numel() == layout.heads * rows && log_partition.numel() == layout.heads * rows &&
                       mean.numel() == layout.heads * size && row_entropy.scalar_type() == type &&
                       log_partition.scalar_type() == type && mean.scalar_type() == type,
@@ -117,8 +118,8 @@ std::tuple<Tensor, Tensor> entropy_backward_cpu(const Tensor& grad_sample_in, co
   Tensor grad_z = torch::stable::empty_like(z);
   const Tensor written = mergeable(grad_z, channel_dim, batched);
   const Layout out_layout = layout_of(written, channel_dim, batched);
-  Tensor grad_codebook = codebook_gradient ? torch::stable::empty_like(codebook)
-                                           : torch::stable::empty({0}, codebook.scalar_type());
+  Tensor grad_codebook =
+      codebook_gradient ? torch::stable::empty_like(codebook) : torch::stable::empty({0}, codebook.scalar_type());
   for (const Tensor& x : {written, grad_codebook}) clear(x);
   for (int64_t head = 0; head < layout.heads; ++head) {
     const DefaultArithmetic arithmetic;
@@ -137,8 +138,7 @@ std::tuple<Tensor, Tensor> entropy_backward_cpu(const Tensor& grad_sample_in, co
     const double of_sample = get(grad_sample, head), of_whole = get(grad_whole, head);
     if (inputs.in_float)
       entropy_gradients(inputs, active().entropy, known, of_sample, of_whole, target, out, in_parallel);
-    else
-      entropy_gradients(inputs, kEntropyDouble, known, of_sample, of_whole, target, out, in_parallel);
+    else entropy_gradients(inputs, kEntropyDouble, known, of_sample, of_whole, target, out, in_parallel);
   }
   if (written.mutable_data_ptr() != grad_z.mutable_data_ptr()) torch::stable::copy_(grad_z, written);
   return {grad_z, grad_codebook};

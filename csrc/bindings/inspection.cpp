@@ -80,10 +80,12 @@ EXPORTED void vqkernels_exponential(const float* x, float* y, int64_t count) {
   active().entropy.exponential(x, y, count);
 }
 
-// The certified float32 filter (euclidean) of rows (n, channels) against a codebook (size, channels): bounds L (n, distinct
-// codes), thresholds T (n), the code of each slot, centre (channels) and scale. Returns the number of distinct codes.
+// The certified float32 filter (euclidean) of rows (n, channels) against a codebook (size, channels): bounds L (n,
+// distinct codes), thresholds T (n), the code of each slot, centre (channels) and scale. Returns the number of distinct
+// codes.
 EXPORTED int64_t vqkernels_filter(const float* rows, int64_t n, const float* codebook, int64_t size, int64_t channels,
-                                  float* bounds, float* thresholds, int64_t* code_of_slot, float* centre, float* scale) {
+                                  float* bounds, float* thresholds, int64_t* code_of_slot, float* centre,
+                                  float* scale) {
   const PackedCodebook packed({codebook, DType::f32, size, channels}, DType::f32, Metric::euclidean, true,
                               active().sweep);
   std::vector<float> norm(packed.sweep.rows);
@@ -103,9 +105,9 @@ EXPORTED int64_t vqkernels_filter(const float* rows, int64_t n, const float* cod
   return packed.size();
 }
 
-// What the integer filters compute, see codebook16.h: scores F (n, codes in use) and limits floor(T) (n) of the fine one and,
-// where there is one, of the coarse one; which rows fit and are clear of the codes set aside (n); the codes in use; and the
-// scale of the fine rows. Returns the number of codes in use, or -1 where the filters are not used.
+// What the integer filters compute, see codebook16.h: scores F (n, codes in use) and limits floor(T) (n) of the fine
+// one and, where there is one, of the coarse one; which rows fit and are clear of the codes set aside (n); the codes in
+// use; and the scale of the fine rows. Returns the number of codes in use, or -1 where the filters are not used.
 EXPORTED int64_t vqkernels_integer_filter(const float* rows, int64_t n, const float* codebook, int64_t size,
                                           int64_t channels, int32_t* fine_scores, int32_t* fine_limits,
                                           int32_t* coarse_scores, int32_t* coarse_limits, bool* has_coarse, bool* fits,

@@ -9,7 +9,8 @@
 EXPORTED const char* vqkernels_simd_levels() {
   static const std::string names = [] {
     std::string found;
-    for (const vqkernels::Level& level : vqkernels::levels()) found += (found.empty() ? "" : " ") + std::string(level.name);
+    for (const vqkernels::Level& level : vqkernels::levels())
+      found += (found.empty() ? "" : " ") + std::string(level.name);
     return found;
   }();
   return names.c_str();

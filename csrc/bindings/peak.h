@@ -1,6 +1,6 @@
-// The float32 multiply-add peak of one thread, for benchmarks: nothing but independent fused multiply-adds in registers,
-// at the widest vector this CPU has whatever VQKERNELS_SIMD says. Current x86 cores start two a cycle and take four
-// cycles for each, so twelve chains keep both ports full. Sums stay finite: x -> x/2 + 1 tends to 2.
+// The float32 multiply-add peak of one thread, for benchmarks: nothing but independent fused multiply-adds in
+// registers, at the widest vector this CPU has whatever VQKERNELS_SIMD says. Current x86 cores start two a cycle and
+// take four cycles for each, so twelve chains keep both ports full. Sums stay finite: x -> x/2 + 1 tends to 2.
 #pragma once
 #include <chrono>
 

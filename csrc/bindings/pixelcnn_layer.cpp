@@ -23,8 +23,8 @@ void set_shift(PixelCNNGrids& g, const Tensor& shift, const Tensor& like) {
 
 }  // namespace
 
-// -> above (B H W, 2C) of the products (6, B H T, 2C), and the tiles (6, B H T, 2C) of the gated features, empty for the
-// last layer. Not transformed: x is `above` itself, and the first result is empty.
+// -> above (B H W, 2C) of the products (6, B H T, 2C), and the tiles (6, B H T, 2C) of the gated features, empty for
+// the last layer. Not transformed: x is `above` itself, and the first result is empty.
 std::tuple<Tensor, Tensor> pixelcnn_vertical_cpu(const Tensor& x, const Tensor& shift, std::vector<int64_t> grid,
                                                  bool transformed, bool last) {
   STD_TORCH_CHECK(x.dim() == (transformed ? 3 : 2), "x has a wrong number of dimensions");
@@ -60,16 +60,22 @@ std::tuple<Tensor, Tensor> pixelcnn_vertical_backward_cpu(const Tensor& grad_abo
   Tensor grad_shift = rows_like(above, {shift.size(0), twice});
   with_float(above, [&](auto* type) {
     using T = Element<decltype(type)>;
-    const PixelCNNVerticalBackward<T> pass{g, last ? nullptr : read<T>(grad_tiles), read<T>(grad_above), read<T>(above),
-                                           read<T>(shift), transformed ? written<T>(grad) : nullptr,
-                                           transformed ? nullptr : written<T>(grad), written<T>(grad_shift)};
+    const PixelCNNVerticalBackward<T> pass{g,
+                                           last ? nullptr : read<T>(grad_tiles),
+                                           read<T>(grad_above),
+                                           read<T>(above),
+                                           read<T>(shift),
+                                           transformed ? written<T>(grad) : nullptr,
+                                           transformed ? nullptr : written<T>(grad),
+                                           written<T>(grad_shift)};
     run_pass(active().pixelcnn<T>().vertical_backward, pass, g.count, g.size() * twice);
   });
   return {grad, grad_shift};
 }
 
 // -> tanh(a) sigmoid(b) of left (B H W, 2C) + shift, times scale (B H W, C).
-Tensor pixelcnn_gate_cpu(const Tensor& left, const Tensor& shift, std::optional<Tensor> scale, std::vector<int64_t> grid) {
+Tensor pixelcnn_gate_cpu(const Tensor& left, const Tensor& shift, std::optional<Tensor> scale,
+                         std::vector<int64_t> grid) {
   STD_TORCH_CHECK(left.dim() == 2, "left must be (B H W, 2C)");
   PixelCNNGrids g = grids_of(grid, left.size(1) / 2);
   set_shift(g, shift, left);
@@ -78,16 +84,17 @@ Tensor pixelcnn_gate_cpu(const Tensor& left, const Tensor& shift, std::optional<
   Tensor gated = rows_like(left, {positions(g), g.channels});
   with_float(left, [&](auto* type) {
     using T = Element<decltype(type)>;
-    const PixelCNNGate<T> pass{g, read<T>(left), read<T>(shift), scale ? read<T>(*scale) : nullptr, nullptr,
-                               written<T>(gated), nullptr, nullptr};
+    const PixelCNNGate<T> pass{g,       read<T>(left),     read<T>(shift), scale ? read<T>(*scale) : nullptr,
+                               nullptr, written<T>(gated), nullptr,        nullptr};
     run_pass(active().pixelcnn<T>().gate, pass, g.count, g.size() * 2 * g.channels);
   });
   return gated;
 }
 
 // -> the gradients of left and shift, and the gated features again.
-std::tuple<Tensor, Tensor, Tensor> pixelcnn_gate_backward_cpu(const Tensor& grad, const Tensor& left, const Tensor& shift,
-                                                              std::optional<Tensor> scale, std::vector<int64_t> grid) {
+std::tuple<Tensor, Tensor, Tensor> pixelcnn_gate_backward_cpu(const Tensor& grad, const Tensor& left,
+                                                              const Tensor& shift, std::optional<Tensor> scale,
+                                                              std::vector<int64_t> grid) {
   STD_TORCH_CHECK(left.dim() == 2, "left must be (B H W, 2C)");
   PixelCNNGrids g = grids_of(grid, left.size(1) / 2);
   set_shift(g, shift, left);
@@ -99,8 +106,14 @@ std::tuple<Tensor, Tensor, Tensor> pixelcnn_gate_backward_cpu(const Tensor& grad
   Tensor gated = rows_like(left, {positions(g), g.channels});
   with_float(left, [&](auto* type) {
     using T = Element<decltype(type)>;
-    const PixelCNNGate<T> pass{g, read<T>(left), read<T>(shift), scale ? read<T>(*scale) : nullptr, read<T>(grad),
-                               written<T>(gated), written<T>(grad_left), written<T>(grad_shift)};
+    const PixelCNNGate<T> pass{g,
+                               read<T>(left),
+                               read<T>(shift),
+                               scale ? read<T>(*scale) : nullptr,
+                               read<T>(grad),
+                               written<T>(gated),
+                               written<T>(grad_left),
+                               written<T>(grad_shift)};
     run_pass(active().pixelcnn<T>().gate_backward, pass, g.count, g.size() * 2 * g.channels);
   });
   return {grad_left, grad_shift, gated};
@@ -118,8 +131,12 @@ std::tuple<Tensor, Tensor> pixelcnn_join_cpu(const Tensor& update, const Tensor&
   Tensor features = rows_like(update, {positions(g), g.channels});
   with_float(update, [&](auto* type) {
     using T = Element<decltype(type)>;
-    const PixelCNNJoin<T> pass{g, read<T>(update), read<T>(bias), residual ? read<T>(*residual) : nullptr,
-                               last ? nullptr : written<T>(pairs), written<T>(features)};
+    const PixelCNNJoin<T> pass{g,
+                               read<T>(update),
+                               read<T>(bias),
+                               residual ? read<T>(*residual) : nullptr,
+                               last ? nullptr : written<T>(pairs),
+                               written<T>(features)};
     run_pass(active().pixelcnn<T>().join, pass, g.count, g.size() * 2 * g.channels);
   });
   return {pairs, features};
@@ -135,7 +152,8 @@ Tensor pixelcnn_join_backward_cpu(const Tensor& grad_pairs, const Tensor& grad_f
   Tensor grad = rows_like(grad_features, {positions(g), g.channels});
   with_float(grad_features, [&](auto* type) {
     using T = Element<decltype(type)>;
-    const PixelCNNJoinBackward<T> pass{g, last ? nullptr : read<T>(grad_pairs), read<T>(grad_features), written<T>(grad)};
+    const PixelCNNJoinBackward<T> pass{g, last ? nullptr : read<T>(grad_pairs), read<T>(grad_features),
+                                       written<T>(grad)};
     run_pass(active().pixelcnn<T>().join_backward, pass, g.count, g.size() * 2 * g.channels);
   });
   return grad;
@@ -173,8 +191,9 @@ namespace {
 
 template <class T>
 PixelCNNTaps<T> taps_of(const Tensor& codes, int64_t rows, const std::vector<int64_t>& kernel, int64_t channels) {
-  STD_TORCH_CHECK(codes.dim() == 3 && codes.scalar_type() == ScalarType::Long && codes.is_contiguous() && kernel.size() == 4,
-                  "codes must be contiguous (B, H, W) int64, and kernel (height, width, up, left)");
+  STD_TORCH_CHECK(
+      codes.dim() == 3 && codes.scalar_type() == ScalarType::Long && codes.is_contiguous() && kernel.size() == 4,
+      "codes must be contiguous (B, H, W) int64, and kernel (height, width, up, left)");
   PixelCNNTaps<T> taps{};
   taps.count = codes.size(0), taps.height = codes.size(1), taps.width = codes.size(2), taps.channels = channels;
   taps.rows = rows, taps.codes = read<int64_t>(codes);
@@ -189,8 +208,9 @@ PixelCNNTaps<T> taps_of(const Tensor& codes, int64_t rows, const std::vector<int
 
 // -> (B H W, channels): for each position, the sum over the taps inside the grid of table (rows, taps, channels).
 Tensor pixelcnn_taps_cpu(const Tensor& codes, const Tensor& table, std::vector<int64_t> kernel) {
-  STD_TORCH_CHECK(table.dim() == 3 && kernel.size() == 4 && table.size(1) == kernel[0] * kernel[1] && table.is_contiguous(),
-                  "table must be contiguous (rows, taps, channels)");
+  STD_TORCH_CHECK(
+      table.dim() == 3 && kernel.size() == 4 && table.size(1) == kernel[0] * kernel[1] && table.is_contiguous(),
+      "table must be contiguous (rows, taps, channels)");
   Tensor out = rows_like(table, {codes.numel(), table.size(2)});
   with_float(table, [&](auto* type) {
     using T = Element<decltype(type)>;

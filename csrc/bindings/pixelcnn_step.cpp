@@ -91,8 +91,9 @@ PixelCNNStep<T> step_of(const Tensor& codes, const Tensor& biases, const Tensor&
 
 }  // namespace
 
-// Writes codes (B, H, W) int64 where they are negative at the positions [begin, end), the cache, and logits (end - begin,
-// R, K) unless empty. `vqkernels/ops/pixelcnn_step.py` checks and explains the arguments; sizes are its PixelCNNSizes.
+// Writes codes (B, H, W) int64 where they are negative at the positions [begin, end), the cache, and logits (end -
+// begin, R, K) unless empty. `vqkernels/ops/pixelcnn_step.py` checks and explains the arguments; sizes are its
+// PixelCNNSizes.
 void pixelcnn_step_cpu(const Tensor& codes, const Tensor& cache, const Tensor& logits, const Tensor& weights,
                        const Tensor& biases, std::optional<Tensor> condition, const Tensor& noise,
                        std::vector<int64_t> sizes, bool residual_head, int64_t begin, int64_t end, double temperature,
@@ -108,8 +109,9 @@ void pixelcnn_step_cpu(const Tensor& codes, const Tensor& cache, const Tensor& l
   STD_TORCH_CHECK((rows == grids || rows == 2 * grids) && biases.size(0) == sizes[1] && biases.size(2) == 4 * sizes[0],
                   "biases must be (layers, B or 2 B, 4 channels)");
   STD_TORCH_CHECK(logits.numel() == 0 || logits.numel() == (end - begin) * rows * sizes[3], "logits have a wrong size");
-  STD_TORCH_CHECK(condition.has_value() == (sizes[6] > 0) && (!condition || condition->numel() == rows * size * sizes[6]),
-                  "condition does not fit sizes");
+  STD_TORCH_CHECK(
+      condition.has_value() == (sizes[6] > 0) && (!condition || condition->numel() == rows * size * sizes[6]),
+      "condition does not fit sizes");
   for (const Tensor* x : {&cache, &logits, &weights, &biases})
     STD_TORCH_CHECK(x->scalar_type() == weights.scalar_type(), "cache, logits, weights and biases differ in dtype");
   STD_TORCH_CHECK(!condition || condition->scalar_type() == weights.scalar_type(), "condition differs in dtype");

@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& z_
   return {quantized, indices, squared_error, out.counts, out.sums};
 }
 
-// What quantize makes of rows whose indices are given, in [-1, size): quantized, squared_error, counts, sums. A row counts
-// nowhere where its index is -1 or its mask false, and is not read then.
+// What quantize makes of rows whose indices are given, in [-1, size): quantized, squared_error, counts, sums. A row
+// counts nowhere where its index is -1 or its mask false, and is not read then.
 std::tuple<Tensor, Tensor, Tensor, Tensor> lookup_cpu(const Tensor& z_in, const Tensor& codebook_in,
                                                       const Tensor& indices_in, std::optional<Tensor> mask,
                                                       int64_t channel_dim, bool statistics) {
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lookup_cpu(const Tensor& z_in, const 
   return {quantized, squared_error, out.counts, out.sums};
 }
 
-// Gradients of quantized (straight-through or rotated), codebook_loss and commitment_loss, both losses being the mean of (z - e)^2
-// over the elements of the rows with index >= 0. grad_codebook is empty unless `needs_codebook_gradient`.
+// Gradients of quantized (straight-through or rotated), codebook_loss and commitment_loss, both losses being the mean
+// of (z - e)^2 over the elements of the rows with index >= 0. grad_codebook is empty unless `needs_codebook_gradient`.
 std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, const Tensor& grad_codebook_loss,
                                                  const Tensor& grad_commitment_loss, const Tensor& z_in,
                                                  const Tensor& codebook_in, const Tensor& indices_in,
@@ -157,8 +157,8 @@ std::tuple<Tensor, Tensor> quantize_backward_cpu(const Tensor& grad_quantized, c
   Tensor grad_z = torch::stable::empty_like(z);
   const Tensor written = mergeable(grad_z, channel_dim, batched);
   const Layout out_layout = layout_of(written, channel_dim, batched);
-  Tensor grad_codebook = needs_codebook_gradient ? torch::stable::empty_like(codebook)
-                                                 : torch::stable::empty({0}, codebook.scalar_type());
+  Tensor grad_codebook =
+      needs_codebook_gradient ? torch::stable::empty_like(codebook) : torch::stable::empty({0}, codebook.scalar_type());
   std::vector<int32_t> code(rows);
   for (int64_t head = 0; head < layout.heads; ++head) {
     const Rows view = rows_of(z, layout, head), from = rows_of(incoming, in_layout, head);

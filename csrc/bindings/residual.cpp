@@ -1,5 +1,6 @@
-// vqkernels::residual_quantize and its backward on the CPU: codebooks of all levels packed first, then chunks of rows shared
-// out over threads, each chunk through every level; then the statistics, level after level, from one residual of z's size.
+// vqkernels::residual_quantize and its backward on the CPU: codebooks of all levels packed first, then chunks of rows
+// shared out over threads, each chunk through every level; then the statistics, level after level, from one residual of
+// z's size.
 #include "../cpu/residual.h"
 
 #include "../cpu/codebook_cache.h"
@@ -40,8 +41,8 @@ void check_stack(const Stack& stack, const Layout& layout) {
   STD_TORCH_CHECK(!stack.batched() || layout.heads == stack.heads, "z and codebooks differ in heads");
 }
 
-// One head's codebooks, packed. How a level is packed depends on the size of its residuals, which a few rows that go through
-// the levels ahead of the others tell; what they tell changes the speed alone.
+// One head's codebooks, packed. How a level is packed depends on the size of its residuals, which a few rows that go
+// through the levels ahead of the others tell; what they tell changes the speed alone.
 class PackedStack {
  public:
   PackedStack(const Rows& z, const int64_t* passed, const Stack& stack, int64_t head, Metric metric, bool certified) {
@@ -67,8 +68,7 @@ class PackedStack {
     for (int64_t q = 0; q < stack.levels; ++q) {
       const PackedCodebook& packed = searched_[q]->packed();
       for (int64_t i = 0; i < pilots; ++i) kept[i] = passed == nullptr || passed[row_of(i)] > q;
-      integers_.push_back(
-          searched_[q]->integers(integer_row_norm(view, packed, kept.get(), certified), in_parallel));
+      integers_.push_back(searched_[q]->integers(integer_row_norm(view, packed, kept.get(), certified), in_parallel));
       levels_.push_back({stack.codes(head, q), &packed, integers_.back().get()});
       if (q + 1 == stack.levels) break;
       NearestSearch search(view, packed, *integers_.back(), certified);
@@ -117,7 +117,8 @@ void for_residuals(const Rows& z, const Stack& stack, int64_t head, const std::v
 }  // namespace
 
 // -> quantized (z's shape, dtype and layout), indices int64 (z's sizes without channels, Q), squared_errors (heads, Q)
-// float64, counts (heads, Q, K) int64 and sums (heads, Q, K, D), both empty unless `statistics`. levels: int64, one per row.
+// float64, counts (heads, Q, K) int64 and sums (heads, Q, K, D), both empty unless `statistics`. levels: int64, one per
+// row.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(const Tensor& z_in, const Tensor& codebooks,
                                                                          std::optional<Tensor> levels,
                                                                          int64_t channel_dim, std::string metric,
@@ -179,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(const T
   return {quantized, indices, squared_errors, out.counts, out.sums};
 }
 
-// Gradients of quantized (straight-through or rotated) and of the losses of every level, each the mean of (r_q - e_q)^2 over
-// the elements of the rows with an index >= 0 there. grad_codebooks is empty unless `needs_codebook_gradient`.
+// Gradients of quantized (straight-through or rotated) and of the losses of every level, each the mean of (r_q - e_q)^2
+// over the elements of the rows with an index >= 0 there. grad_codebooks is empty unless `needs_codebook_gradient`.
 std::tuple<Tensor, Tensor> residual_quantize_backward_cpu(const Tensor& grad_quantized,
                                                           const Tensor& grad_codebook_losses,
                                                           const Tensor& grad_commitment_losses, const Tensor& z_in,

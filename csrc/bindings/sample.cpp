@@ -6,8 +6,8 @@
 
 namespace vqkernels {
 
-// -> indices int64 of z's shape without channels. seed is a 0-d int64; the r-th row of a head, in row-major order, has the
-// number row_offset + r.
+// -> indices int64 of z's shape without channels. seed is a 0-d int64; the r-th row of a head, in row-major order, has
+// the number row_offset + r.
 Tensor sample_cpu(const Tensor& z_in, const Tensor& codebook_in, const Tensor& seed, std::optional<Tensor> mask,
                   int64_t channel_dim, std::string metric, const Tensor& temperature_in, int64_t row_offset) {
   const bool batched = is_batched(codebook_in);

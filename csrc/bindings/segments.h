@@ -26,9 +26,8 @@ inline Statistics no_statistics(const Tensor& z) {
 inline void run_segment_sum(const SegmentSum& sum, const std::vector<int32_t>& code, const Segments& segments,
                             int64_t codebook_size) {
   if (sum.rows.channel_stride != 1 && sum.rows.channels > 1) {
-    parallel_for(sum.rows.channels, 1, [&](int64_t first, int64_t last) {
-      sum_channels(sum, code.data(), codebook_size, first, last);
-    });
+    parallel_for(sum.rows.channels, 1,
+                 [&](int64_t first, int64_t last) { sum_channels(sum, code.data(), codebook_size, first, last); });
     return;
   }
   const int64_t parts = int64_t(torch::stable::get_num_threads()) * 4;
@@ -45,8 +44,8 @@ inline void write_statistics(const Rows& rows, const std::vector<int32_t>& code,
   int64_t* counts = static_cast<int64_t*>(out.counts.mutable_data_ptr()) + head * codebook_size;
   for (int64_t k = 0; k < codebook_size; ++k) counts[k] = segments.start[k + 1] - segments.start[k];
   const DType type = dtype_of(out.sums);
-  char* sums = static_cast<char*>(out.sums.mutable_data_ptr()) +
-               head * codebook_size * rows.channels * element_size(type);
+  char* sums =
+      static_cast<char*>(out.sums.mutable_data_ptr()) + head * codebook_size * rows.channels * element_size(type);
   run_segment_sum({rows, nullptr, 1.0, type, sums}, code, segments, codebook_size);
 }
 

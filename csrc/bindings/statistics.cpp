@@ -7,8 +7,8 @@
 
 namespace vqkernels {
 
-// indices int64 in [-1, codebook_size) and mask of z's shape without channels -> counts (heads, codebook_size) int64 and
-// sums (heads, codebook_size, channels) float32, or float64 where z is; one head unless `batched`.
+// indices int64 in [-1, codebook_size) and mask of z's shape without channels -> counts (heads, codebook_size) int64
+// and sums (heads, codebook_size, channels) float32, or float64 where z is; one head unless `batched`.
 std::tuple<Tensor, Tensor> statistics_cpu(const Tensor& z_in, const Tensor& indices_in, int64_t codebook_size,
                                           std::optional<Tensor> mask, int64_t channel_dim, bool batched) {
   const Tensor z = mergeable(z_in, channel_dim, batched), indices = torch::stable::contiguous(indices_in);

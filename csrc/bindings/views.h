@@ -1,9 +1,9 @@
 // From tensors to the kernels' raw views: layouts, dtypes, names, and threads.
 //
-// An operator receives z as its caller has it: (..., channels, ...) with the channel axis named, and axis 0 the head where
-// the codebook is (heads, size, channels). Row r of a head is the r-th in row-major order of the remaining axes; masks
-// and indices are contiguous in that order. Rows are read through at most two strides, so z is copied only where its
-// leading axes cannot be merged into two groups.
+// An operator receives z as its caller has it: (..., channels, ...) with the channel axis named, and axis 0 the head
+// where the codebook is (heads, size, channels). Row r of a head is the r-th in row-major order of the remaining axes;
+// masks and indices are contiguous in that order. Rows are read through at most two strides, so z is copied only where
+// its leading axes cannot be merged into two groups.
 #pragma once
 #include <functional>
 
@@ -144,7 +144,8 @@ inline void check_search(const Layout& layout, const Tensor& codebook, const std
 // Rows per task: large where there is work for every thread, a single block where there is little.
 inline int64_t task_rows(int64_t rows, int64_t chunk) {
   const int64_t threads = torch::stable::get_num_threads();
-  return rows >= 2 * threads * chunk ? chunk : std::min(chunk, std::max<int64_t>(1, rows / (threads * kBlock)) * kBlock);
+  return rows >= 2 * threads * chunk ? chunk
+                                     : std::min(chunk, std::max<int64_t>(1, rows / (threads * kBlock)) * kBlock);
 }
 
 // Runs f(first, last) over [0, count) on torch's threads, each in the arithmetic that the kernels' proofs assume.

@@ -72,9 +72,8 @@ void PackedCodebook::drop_equal_and_non_finite() {
   index_.reserve(source.size);
   for (int64_t k = 0; k < source.size; ++k) {
     const char* row = base + k * bytes;
-    const bool finite = with_type(source.dtype, [&](auto* t) {
-      return finite_row(reinterpret_cast<decltype(t)>(row), source.channels);
-    });
+    const bool finite = with_type(
+        source.dtype, [&](auto* t) { return finite_row(reinterpret_cast<decltype(t)>(row), source.channels); });
     if (!finite) continue;
     uint64_t at = hash_bytes(row, bytes) & (capacity - 1);
     while (table[at] >= 0 && memcmp(base + table[at] * bytes, row, bytes) != 0) at = (at + 1) & (capacity - 1);
@@ -97,8 +96,8 @@ double PackedCodebook::contract_norm(const double* code) const {
   return sqrt(square);
 }
 
-// The mean of the codes, but for those far larger than the others, which would drag it away from them. Any centre is valid
-// as long as rows and codes subtract the same one.
+// The mean of the codes, but for those far larger than the others, which would drag it away from them. Any centre is
+// valid as long as rows and codes subtract the same one.
 void PackedCodebook::choose_centre() {
   constexpr double kFar = 16.0;  // times the median square
   const int64_t channels = source.channels;

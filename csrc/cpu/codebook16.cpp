@@ -15,9 +15,9 @@ constexpr double kByte = 127.0;          // a code's largest int8
 constexpr double kCoordinate = 32766.0;  // of a code: one below int16's limit, so that rint cannot pass it
 constexpr double kLargestNorm = 64000.0;
 constexpr float kAside = 4.0f;
-constexpr int64_t kMostAside = 16;       // one code in so many
+constexpr int64_t kMostAside = 16;  // one code in so many
 constexpr int64_t kCoarseChannels = 32767;
-constexpr int64_t kPadding = 16;         // words behind the last tile that IntegerKernels::pick may read
+constexpr int64_t kPadding = 16;  // words behind the last tile that IntegerKernels::pick may read
 
 double unit(int64_t channels) { return double(channels + 8) * 0x1p-24; }
 
@@ -83,14 +83,14 @@ bool IntegerCodebook::choose_scales(double code_norm, double coordinate, double 
     middle = floor(0.5 * (0.5 * norms_p * norms_p + norms_p * norms_q - 0.5 * norms_q * norms_q));
   }
   fine_certificate_ = {float(row_scale), float(code_scale), euclidean_, 0.0, code_norm * code_scale, middle, 1.0,
-                       unit(channels_), contract};
+                       unit(channels_),  contract};
   // int8. A row's coordinates may be saturated, a code's may not: rows are many, and each has a residual of its own.
   const double byte_codes = double(float(kByte * (1.0 - 1e-6) / coordinate));
   const double byte_rows = double(float(std::min(kByte * root / (2.9 * rows), 4.0 * kByte * root / code_norm)));
   // The norms that the biases are made from are at most 1.2e-6 too large.
   const double bias = 1.0 + 3e-6 * (0.5 * code_norm * code_norm * byte_rows * byte_codes);
   coarse_certificate_ = {float(byte_rows), float(byte_codes), false, 0.0, code_norm * byte_codes, 0.0, bias,
-                         unit(channels_), contract};
+                         unit(channels_),  contract};
   return isfinite(byte_codes) && isfinite(byte_rows);
 }
 

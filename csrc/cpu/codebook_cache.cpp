@@ -7,7 +7,7 @@
 namespace vqkernels {
 namespace {
 
-constexpr size_t kMostEntries = 64;  // a residual stack has one per level
+constexpr size_t kMostEntries = 64;       // a residual stack has one per level
 constexpr int64_t kMostBytes = 64 << 20;  // of codebooks; their packed forms take about three times as much
 
 int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
@@ -17,7 +17,9 @@ std::vector<char> bytes_of(const Codes& codes) {
   return std::vector<char>(begin, begin + codes.size * codes.channels * size_of(codes.dtype));
 }
 
-Codes at(const Codes& codes, const std::vector<char>& copy) { return {copy.data(), codes.dtype, codes.size, codes.channels}; }
+Codes at(const Codes& codes, const std::vector<char>& copy) {
+  return {copy.data(), codes.dtype, codes.size, codes.channels};
+}
 
 struct Entry {
   const void* address;
@@ -38,7 +40,8 @@ SearchCodebook::SearchCodebook(const Codes& codes, DType rows, Metric metric, bo
       certified_(certified),
       narrow_(rows != DType::f64) {}
 
-bool SearchCodebook::made_from(const Codes& codes, DType rows, Metric metric, bool certified, const Sweep& sweep) const {
+bool SearchCodebook::made_from(const Codes& codes, DType rows, Metric metric, bool certified,
+                               const Sweep& sweep) const {
   const Codes& source = packed_.source;
   return source.dtype == codes.dtype && source.size == codes.size && source.channels == codes.channels &&
          narrow_ == (rows != DType::f64) && packed_.metric == metric && certified_ == certified &&

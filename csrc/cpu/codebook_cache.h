@@ -1,8 +1,8 @@
 // Packed codebooks kept between calls, so that a codebook that does not change is packed once.
 //
-// An entry is found by the codebook's address and shape and used only if every byte still equals the copy that was packed,
-// so nothing that changes a codebook, by whatever way, can make an entry wrong; a changed codebook takes the place of its
-// old entry. Comparing costs a read of the codebook, a small part of what a search of it costs.
+// An entry is found by the codebook's address and shape and used only if every byte still equals the copy that was
+// packed, so nothing that changes a codebook, by whatever way, can make an entry wrong; a changed codebook takes the
+// place of its old entry. Comparing costs a read of the codebook, a small part of what a search of it costs.
 #pragma once
 #include <memory>
 #include <mutex>

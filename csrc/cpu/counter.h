@@ -1,9 +1,9 @@
-// Random numbers that are functions of what they belong to: (seed, stream, row) gives a key, (key, code) 32 bits. No state,
-// so threads, tiles and batch splits draw the same. The twin of vqkernels/backends/counter.py.
+// Random numbers that are functions of what they belong to: (seed, stream, row) gives a key, (key, code) 32 bits. No
+// state, so threads, tiles and batch splits draw the same. The twin of vqkernels/backends/counter.py.
 //
-// Keys are SplitMix64 (Steele, Lea, Flood 2014): output number `row` of the generator that (seed, stream) starts. A code's
-// bits are two rounds of MurmurHash3's 32-bit finaliser (Appleby 2011) with half of the key added before each: for one key
-// a permutation, so different codes never draw equal bits.
+// Keys are SplitMix64 (Steele, Lea, Flood 2014): output number `row` of the generator that (seed, stream) starts. A
+// code's bits are two rounds of MurmurHash3's 32-bit finaliser (Appleby 2011) with half of the key added before each:
+// for one key a permutation, so different codes never draw equal bits.
 #pragma once
 #include <stdint.h>
 

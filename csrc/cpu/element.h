@@ -12,8 +12,12 @@ namespace vqkernels {
 
 enum class DType : int { f32, bf16, f16, f64 };
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 VQ_BOTH float widen(float x) { return x; }
 VQ_BOTH double widen(double x) { return x; }
@@ -86,8 +90,12 @@ VQ_BOTH void narrow(double x, Float16* out) {
 }
 
 // The type in which a row is centred before it is rounded to the filter's float32: float unless the input is double.
-template <class T> struct Wide { using type = float; };
-template <> struct Wide<double> { using type = double; };
+template <class T> struct Wide {
+  using type = float;
+};
+template <> struct Wide<double> {
+  using type = double;
+};
 
 // Calls f with a null pointer of the element type named by `dtype`.
 template <class F> inline auto with_type(DType dtype, F&& f) {

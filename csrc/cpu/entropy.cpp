@@ -5,35 +5,25 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "reading.h"
+
 namespace vqkernels {
 namespace {
 
 constexpr double kLog2E = 1.44269504088896340736;
-constexpr int64_t kChunk = 256;           // rows that are read at a time
-constexpr double kFloatRange = 0x1p24;    // a larger float has no fraction
+constexpr int64_t kChunk = 256;            // rows that are read at a time
+constexpr double kFloatRange = 0x1p24;     // a larger float has no fraction
 constexpr double kFar[2] = {1e30, 1e300};  // of float and double: beyond every logit
 
 template <class Real> constexpr double far_away() { return kFar[sizeof(Real) == sizeof(double)]; }
 
-// Calls f(d, value) for every channel of a code or a row, in double.
-template <class F> void read_code(const Codes& codes, int64_t k, const F& f) {
-  with_type(codes.dtype, [&](auto* type) {
-    const auto* code = static_cast<decltype(type)>(codes.data) + k * codes.channels;
-    for (int64_t d = 0; d < codes.channels; ++d) f(d, double(widen(code[d])));
-  });
-}
-
-template <class F> void read_row(const Rows& rows, int64_t row, const F& f) {
-  with_type(rows.dtype, [&](auto* type) {
-    const auto* x = static_cast<decltype(type)>(rows.data) + rows.offset(row);
-    for (int64_t d = 0; d < rows.channels; ++d) f(d, double(widen(x[d * rows.channel_stride])));
-  });
-}
-
 // Rows or codes as the sweeps stream them, [tile][channel][item], zeros behind the last.
 template <class Real> struct Packed {
   Packed(int64_t items, int64_t channels, int tile)
-      : count(items), channels(channels), tile(tile), tiles((items + tile - 1) / tile),
+      : count(items),
+        channels(channels),
+        tile(tile),
+        tiles((items + tile - 1) / tile),
         values(tiles * tile * channels, Real(0)) {}
 
   Real& at(int64_t item, int64_t d) { return values[((item / tile) * channels + d) * tile + item % tile]; }
@@ -183,12 +173,12 @@ Entropies entropies(const EntropyInputs& inputs, const EntropyKernels<Real>& ker
   const Packed<Real> codes = pack_codes<Real>(inputs, kernels.tile, biases);
   const std::vector<Real> bias = padded<Real>(biases, kernels.tile, -far_away<Real>());
   std::vector<Real> partition, share;
-  const Stream<Real> code_stream{codes.values.data(), bias.data(), nullptr, nullptr, nullptr, nullptr, codes.tiles,
-                                 channels};
+  const Stream<Real> code_stream{codes.values.data(), bias.data(), nullptr, nullptr, nullptr, nullptr,
+                                 codes.tiles,         channels};
   sweep_rows(kernels, rows, code_stream, parallel, partition, share, out.entropy);
   std::copy_n(partition.begin(), rows.count, out.partition.begin());
-  const Stream<Real> row_stream{rows.values.data(), nullptr, nullptr, partition.data(), share.data(), nullptr,
-                                rows.tiles, channels};
+  const Stream<Real> row_stream{rows.values.data(), nullptr, nullptr,    partition.data(),
+                                share.data(),       nullptr, rows.tiles, channels};
   parallel(panels(size, lanes), [&](int64_t first, int64_t last) {
     std::vector<Real> panel(channels * lanes), lane_bias(lanes);
     std::vector<double> sum(lanes);
@@ -223,7 +213,7 @@ void entropy_gradients(const EntropyInputs& inputs, const EntropyKernels<Real>& 
     weights[j] = known.mean[j] > 0.0 ? -grad_codebook_entropy * (log(known.mean[j]) + entropy_of_mean) : 0.0;
   const std::vector<Real> weight = padded<Real>(weights, kernels.tile, 0.0);
   const Stream<Real> code_stream{codes.values.data(), bias.data(), weight.data(), nullptr, nullptr, nullptr,
-                                 codes.tiles, channels};
+                                 codes.tiles,         channels};
   std::vector<Real> partition, share;
   std::vector<double> entropy = known.entropy;
   if (known.partition.empty()) {
@@ -252,15 +242,14 @@ void entropy_gradients(const EntropyInputs& inputs, const EntropyKernels<Real>& 
           const double of_p = gradient[d * lanes + at], of_pw = gradient[(channels + d) * lanes + at];
           step[d] = scale / count / sum[at] * (of_pw - mean * of_p);
         }
-        with_type(inputs.rows.dtype, [&](auto* type) {
-          write_row<Plain<decltype(type)>>(grad_z, inputs.row[i], channels, step.data());
-        });
+        with_type(inputs.rows.dtype,
+                  [&](auto* type) { write_row<Plain<decltype(type)>>(grad_z, inputs.row[i], channels, step.data()); });
       }
     }
   });
   if (grad_codebook == nullptr) return;
-  const Stream<Real> row_stream{rows.values.data(), nullptr, nullptr, partition.data(), share.data(), constant.data(),
-                                rows.tiles, channels};
+  const Stream<Real> row_stream{rows.values.data(), nullptr,         nullptr,    partition.data(),
+                                share.data(),       constant.data(), rows.tiles, channels};
   parallel(panels(size, lanes), [&](int64_t first, int64_t last) {
     std::vector<Real> panel(channels * lanes), lane(2 * lanes), scratch(channels * lanes);
     std::vector<double> sum(lanes), gradient(channels * lanes), step(channels);
@@ -277,9 +266,8 @@ void entropy_gradients(const EntropyInputs& inputs, const EntropyKernels<Real>& 
           step[d] = (gradient[d * lanes + at] / kLog2E - own) / count;
         }
         const RowsOut out{grad_codebook, inputs.codes.size, 0, channels, 1};
-        with_type(inputs.codes.dtype, [&](auto* type) {
-          write_row<Plain<decltype(type)>>(out, inputs.code[j], channels, step.data());
-        });
+        with_type(inputs.codes.dtype,
+                  [&](auto* type) { write_row<Plain<decltype(type)>>(out, inputs.code[j], channels, step.data()); });
       }
     }
   });

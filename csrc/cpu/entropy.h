@@ -1,17 +1,18 @@
 // Entropies of soft assignments p_i = softmax_j(l_ij) of rows to codes, and their gradients.
 //
-// Fused: products, logits, 2^x, running log-sum-exp and running sum of p l in one sweep of a panel of rows over all codes;
-// the mean assignment in a sweep of a panel of codes over all rows; in the backward pass the same two sweeps again, with
-// the sums that the gradients of rows and of codes are made of. Logits and probabilities live for a block of kTogether
-// tiles, in the first-level cache: nothing N x K is ever built, and beyond inputs and outputs there is one packed copy of
-// the rows and one of the codes. Every panel is summed by one thread in a fixed order, without atomics: no bit depends on
-// the threads.
+// Fused: products, logits, 2^x, running log-sum-exp and running sum of p l in one sweep of a panel of rows over all
+// codes; the mean assignment in a sweep of a panel of codes over all rows; in the backward pass the same two sweeps
+// again, with the sums that the gradients of rows and of codes are made of. Logits and probabilities live for a block
+// of kTogether tiles, in the first-level cache: nothing N x K is ever built, and beyond inputs and outputs there is one
+// packed copy of the rows and one of the codes. Every panel is summed by one thread in a fixed order, without atomics:
+// no bit depends on the threads.
 //
-// Logits are in units of log 2 and without the row's own constant: l_ij = bias_j + x_i . y_j, with x_i = s log2(e) (z_i - c)
-// (dot: s log2(e) z_i), y_j = e_j - c, c the codes' mean, s = 2 / temperature (dot: 1 / temperature), and bias_j = -|y_j|^2
-// log2(e) / temperature (dot: 0). A row or a code may be the lane: the same operations in the same order make the same
-// bits. Float is the working type unless an input is double or logits leave the range in which a float has a fraction.
-// A probability below 2^-126 (double: 2^-1022) is exactly 0, and whatever it would be multiplied with is left out.
+// Logits are in units of log 2 and without the row's own constant: l_ij = bias_j + x_i . y_j, with x_i = s log2(e) (z_i
+// - c) (dot: s log2(e) z_i), y_j = e_j - c, c the codes' mean, s = 2 / temperature (dot: 1 / temperature), and bias_j =
+// -|y_j|^2 log2(e) / temperature (dot: 0). A row or a code may be the lane: the same operations in the same order make
+// the same bits. Float is the working type unless an input is double or logits leave the range in which a float has a
+// fraction. A probability below 2^-126 (double: 2^-1022) is exactly 0, and whatever it would be multiplied with is left
+// out.
 #pragma once
 #include <stdint.h>
 
@@ -47,8 +48,8 @@ template <class Real> struct EntropyKernels {
   // Codes over rows: the sum of the probabilities of each code.
   void (*mean)(const Real* panel, const Real* bias, const Stream<Real>& rows, double* sum);
 
-  // Rows over codes, with w = slope (l - partition) + constant + weight: the sums of p, of p w, and, [channel][lane] behind
-  // one another, of p y and of p w y. p is 2^(l - partition). `scratch` holds 2 channels lanes Reals.
+  // Rows over codes, with w = slope (l - partition) + constant + weight: the sums of p, of p w, and, [channel][lane]
+  // behind one another, of p y and of p w y. p is 2^(l - partition). `scratch` holds 2 channels lanes Reals.
   void (*rows_backward)(const Real* panel, const Stream<Real>& codes, const Real* partition, const Real* constant,
                         Real slope, double* sum, double* weighted, double* gradient, Real* scratch);
 
@@ -87,8 +88,8 @@ struct Entropies {
 template <class Real>
 Entropies entropies(const EntropyInputs& inputs, const EntropyKernels<Real>& kernels, const Parallel& parallel);
 
-// Writes the gradients of counted rows into grad_z, and those of finite codes into grad_codebook (codes' dtype; null: not
-// wanted). `known` is what the forward pass found; where its partitions are empty, they are found again.
+// Writes the gradients of counted rows into grad_z, and those of finite codes into grad_codebook (codes' dtype; null:
+// not wanted). `known` is what the forward pass found; where its partitions are empty, they are found again.
 template <class Real>
 void entropy_gradients(const EntropyInputs& inputs, const EntropyKernels<Real>& kernels, const Entropies& known,
                        double grad_sample, double grad_codebook_entropy, const RowsOut& grad_z, void* grad_codebook,

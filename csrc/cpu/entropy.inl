@@ -1,6 +1,6 @@
-// Body of the entropy sweeps. The including file names the working type `Real`, its vector `Vector` of kLanes Reals with
-// load, store, splat, add, sub, mul, fma, max and any_greater, `exponential` = 2^x with 0 below kLowest, kTile, and how many
-// channels are summed at a time (kChannels; twice as many where there is one sum).
+// Body of the entropy sweeps. The including file names the working type `Real`, its vector `Vector` of kLanes Reals
+// with load, store, splat, add, sub, mul, fma, max and any_greater, `exponential` = 2^x with 0 below kLowest, kTile,
+// and how many channels are summed at a time (kChannels; twice as many where there is one sum).
 #include <math.h>
 #include <string.h>
 
@@ -46,8 +46,7 @@ inline __attribute__((always_inline)) void tile_logits(const Real* panel, const 
 
 // Logits of the tiles from `first`, at most kTogether; returns how many items that is.
 template <bool from_items>
-inline int block_logits(const Real* panel, const Real* bias, const Stream<Real>& items, int64_t first,
-                        Block& block) {
+inline int block_logits(const Real* panel, const Real* bias, const Stream<Real>& items, int64_t first, Block& block) {
   int count = 0;
   for (int64_t tile = first; tile < items.tiles && tile < first + kTogether; ++tile, count += kTile)
     tile_logits<from_items>(panel, from_items ? bias + tile * kTile : bias,
@@ -57,8 +56,9 @@ inline int block_logits(const Real* panel, const Real* bias, const Stream<Real>&
 
 // acc[channel][lane] += sum over items of p (and q) times the item's channels, `channels` of them from d.
 template <int channels, int sums>
-inline __attribute__((always_inline)) void add_products(const Real (*const* p)[kPanel], const int64_t* offset, int count,
-                                                        const Real* values, int64_t d, int64_t apart, Real* total) {
+inline __attribute__((always_inline)) void add_products(const Real (*const* p)[kPanel], const int64_t* offset,
+                                                        int count, const Real* values, int64_t d, int64_t apart,
+                                                        Real* total) {
   Vector sum[sums][channels][2];
 #pragma GCC unroll 16
   for (int s = 0; s < sums; ++s)
@@ -255,8 +255,7 @@ void exponentials(const Real* x, Real* y, int64_t count) {
   }
 }
 
-constexpr EntropyKernels<Real> kEntropy = {
-    kPanel, kTile, forward, mean, rows_backward, codes_backward, exponentials};
+constexpr EntropyKernels<Real> kEntropy = {kPanel, kTile, forward, mean, rows_backward, codes_backward, exponentials};
 
 }  // namespace entropy_sweeps
 }  // namespace

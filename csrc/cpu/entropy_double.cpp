@@ -19,14 +19,24 @@ template <class F> inline __attribute__((always_inline)) Vector lanes(const F& f
   return x;
 }
 
-inline Vector load(const double* p) { return lanes([&](int i) { return p[i]; }); }
+inline Vector load(const double* p) {
+  return lanes([&](int i) { return p[i]; });
+}
 inline void store(double* p, const Vector& x) {
   for (int i = 0; i < kLanes; ++i) p[i] = x.lane[i];
 }
-inline Vector splat(double x) { return lanes([&](int) { return x; }); }
-inline Vector add(const Vector& a, const Vector& b) { return lanes([&](int i) { return a.lane[i] + b.lane[i]; }); }
-inline Vector sub(const Vector& a, const Vector& b) { return lanes([&](int i) { return a.lane[i] - b.lane[i]; }); }
-inline Vector mul(const Vector& a, const Vector& b) { return lanes([&](int i) { return a.lane[i] * b.lane[i]; }); }
+inline Vector splat(double x) {
+  return lanes([&](int) { return x; });
+}
+inline Vector add(const Vector& a, const Vector& b) {
+  return lanes([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline Vector sub(const Vector& a, const Vector& b) {
+  return lanes([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Vector mul(const Vector& a, const Vector& b) {
+  return lanes([&](int i) { return a.lane[i] * b.lane[i]; });
+}
 inline Vector fma(const Vector& a, const Vector& b, const Vector& c) {
   return lanes([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
 }

@@ -12,8 +12,8 @@ constexpr int kTile = kEntropyTile, kChannels = kEntropyChannels;
 constexpr float kLowest = -126.0f;  // 2^kLowest is the smallest normal float; below, 2^x is 0
 constexpr float kFar = 1e30f;       // beyond every logit that float is trusted with
 
-// 2^x to within 1.5 units in the last place for x in [-126, 127], exactly 0 below. 2^f on [-1/2, 1/2] is the polynomial of
-// degree 6 with the smallest relative error, 1.9e-9, by Remez' exchange.
+// 2^x to within 1.5 units in the last place for x in [-126, 127], exactly 0 below. 2^f on [-1/2, 1/2] is the polynomial
+// of degree 6 with the smallest relative error, 1.9e-9, by Remez' exchange.
 inline __attribute__((always_inline)) Floats exponential(Floats x) {
   const Floats magic = splat(0x1.8p23f);  // adding it rounds to an integer, which is left in the low bits
   const Floats shifted = add(x, magic), f = sub(x, sub(shifted, magic));

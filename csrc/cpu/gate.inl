@@ -26,7 +26,8 @@ template <> struct Lanes<double> {
                           kLog2Low = 0x1.ef35793c7673p-45;
 };
 
-template <class T> inline __attribute__((always_inline)) typename Lanes<T>::Vector load_some(const T* p, int64_t count) {
+template <class T>
+inline __attribute__((always_inline)) typename Lanes<T>::Vector load_some(const T* p, int64_t count) {
   constexpr int kCount = Lanes<T>::kCount;
   if (count >= kCount) return load(p);
   T part[kCount] = {};
@@ -53,9 +54,21 @@ template <class T> inline __attribute__((always_inline)) Exponential<T> exponent
   using L = Lanes<T>;
   using Vector = typename L::Vector;
   using Bits = typename L::Bits;
-  constexpr T kInverse[] = {0, 1, 0.5, T(1.0 / 6), T(1.0 / 24), T(1.0 / 120), T(1.0 / 720), T(1.0 / 5040),
-                            T(1.0 / 40320), T(1.0 / 362880), T(1.0 / 3628800), T(1.0 / 39916800),
-                            T(1.0 / 479001600), T(1.0 / 6227020800), T(1.0 / 87178291200)};
+  constexpr T kInverse[] = {0,
+                            1,
+                            0.5,
+                            T(1.0 / 6),
+                            T(1.0 / 24),
+                            T(1.0 / 120),
+                            T(1.0 / 720),
+                            T(1.0 / 5040),
+                            T(1.0 / 40320),
+                            T(1.0 / 362880),
+                            T(1.0 / 3628800),
+                            T(1.0 / 39916800),
+                            T(1.0 / 479001600),
+                            T(1.0 / 6227020800),
+                            T(1.0 / 87178291200)};
   const Vector shifted = fma(x, splat(T(1.4426950408889634)), splat(L::kRound));
   const Vector n = sub(shifted, splat(L::kRound));
   const Vector r = fma(n, splat(-L::kLog2Low), fma(n, splat(-L::kLog2High), x));

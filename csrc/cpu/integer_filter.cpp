@@ -9,7 +9,7 @@ namespace {
 constexpr int32_t kHighest = std::numeric_limits<int32_t>::max(), kLowest = std::numeric_limits<int32_t>::min();
 constexpr int64_t kBlockTiles = 8192;  // whose minima are kept at once: 1 MB at the widest panel
 constexpr int64_t kCoarseWork = 8192;  // K D from which two steps beat one
-constexpr int64_t kEnoughRows = 64;  // to judge by; a quarter of them left open is enough, too
+constexpr int64_t kEnoughRows = 64;    // to judge by; a quarter of them left open is enough, too
 
 // Candidate tiles are scattered over the codebook: asked for one ahead, they arrive while the one before is scored.
 inline void prefetch(const int32_t* begin, int64_t words) {
@@ -24,7 +24,8 @@ IntegerFilter::IntegerFilter(const PackedCodebook& codebook, const IntegerCodebo
       kernels_(*codebook.sweep.integers),
       lanes_(codebook.sweep.rows),
       plain_words_((integers.pairs() + lanes_ - 1) / lanes_ * lanes_),
-      mode_(integers.has_coarse() && integers.size() * codebook.source.channels > kCoarseWork ? Mode::coarse : Mode::fine) {
+      mode_(integers.has_coarse() && integers.size() * codebook.source.channels > kCoarseWork ? Mode::coarse
+                                                                                              : Mode::fine) {
   fine_.resize(lanes_ * 2 * integers.quads());
   if (integers.has_coarse()) coarse_.resize(lanes_ * integers.quads());
   plain_.resize(lanes_ * plain_words_);
@@ -46,10 +47,11 @@ const IntegerFilter::Row* IntegerFilter::operator()(const float* panels, const f
       std::fill_n(&rows_[at], some, Row{0, nullptr});
       continue;
     }
-    const Pass pass = mode_ == Mode::coarse ? Pass{integers_.coarse_tiles(), &integers_.coarse(), kernels_.sweep_coarse,
-                                                   kernels_.pick_coarse, coarse_.data(), coarse_residual_.data()}
-                                            : Pass{integers_.fine_tiles(), &integers_.fine(), kernels_.sweep_fine,
-                                                   kernels_.pick_fine, fine_.data(), residual_.data()};
+    const Pass pass = mode_ == Mode::coarse
+                          ? Pass{integers_.coarse_tiles(), &integers_.coarse(), kernels_.sweep_coarse,
+                                 kernels_.pick_coarse,     coarse_.data(),      coarse_residual_.data()}
+                          : Pass{integers_.fine_tiles(), &integers_.fine(), kernels_.sweep_fine,
+                                 kernels_.pick_fine,     fine_.data(),      residual_.data()};
     kernels_.round(panels + at * codebook_.source.channels, integers_.fine().row_scale, integers_.coarse().row_scale,
                    codebook_.source.channels, fine_.data(), mode_ == Mode::coarse ? coarse_.data() : nullptr,
                    residual_.data(), coarse_residual_.data());
@@ -68,9 +70,9 @@ void IntegerFilter::Candidates::drop_above(int32_t limit) {
   count = kept;
 }
 
-// Sweeps all tiles with one panel and lists, for each of its rows, the tiles whose lowest score is within the threshold: at
-// once where their minima fit the buffer, otherwise block by block with the threshold known by then. Codes are read once a
-// panel, 2 bytes a cycle: any cache level has that, so they are not blocked.
+// Sweeps all tiles with one panel and lists, for each of its rows, the tiles whose lowest score is within the
+// threshold: at once where their minima fit the buffer, otherwise block by block with the threshold known by then.
+// Codes are read once a panel, 2 bytes a cycle: any cache level has that, so they are not blocked.
 void IntegerFilter::sweep_panel(const Pass& pass, const float* norm, int64_t count) {
   std::fill_n(best_, lanes_, kHighest);
   for (int64_t i = 0; i < count; ++i) candidates_[i].count = 0;
@@ -95,8 +97,8 @@ void IntegerFilter::sweep_panel(const Pass& pass, const float* norm, int64_t cou
   }
 }
 
-// Finds the codes within the threshold in the candidate tiles of a panel's rows; after a coarse sweep, those of them within
-// the fine threshold. `at` is the panel's first row in the chunk.
+// Finds the codes within the threshold in the candidate tiles of a panel's rows; after a coarse sweep, those of them
+// within the fine threshold. `at` is the panel's first row in the chunk.
 void IntegerFilter::finish_panel(const Pass& pass, const float* norm, int64_t count, int64_t at) {
   const int64_t per_tile = codebook_.sweep.codes_per_tile, tile_words = (pass.tiles.words + 1) * per_tile;
   const int64_t most = std::min(kMostTiles, 8 + integers_.tile_count() / 4);  // beyond, the next filter is cheaper

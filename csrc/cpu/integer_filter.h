@@ -1,8 +1,8 @@
 // The integer filters over one chunk of rows: int8 sweep where it pays, int16 scores of the few tiles that survive it.
 //
 // Fused: rounding, scores, tile minima, certificate. Never built: scores of a whole row; a sweep writes one minimum per
-// row of a panel and tile of codes, at most 1 MB of them, and only the tiles within the threshold are scored again, code
-// by code. Ties: survivors are ascending, and the contract decides between them. Why it is right: codebook16.h.
+// row of a panel and tile of codes, at most 1 MB of them, and only the tiles within the threshold are scored again,
+// code by code. Ties: survivors are ascending, and the contract decides between them. Why it is right: codebook16.h.
 #pragma once
 #include <stdint.h>
 
@@ -19,7 +19,8 @@ class IntegerFilter {
   // False where there is nothing to filter with, or once the data has shown that the filter decides too little.
   bool active() const { return mode_ != Mode::off; }
 
-  // What became of a row: the numbers (of IntegerCodebook) of the codes that can still win, ascending; none: it is open.
+  // What became of a row: the numbers (of IntegerCodebook) of the codes that can still win, ascending; none: it is
+  // open.
   struct Row {
     int32_t count;
     const int32_t* survivors;
@@ -61,7 +62,8 @@ class IntegerFilter {
   const IntegerKernels& kernels_;
   const int64_t lanes_, plain_words_;  // rows of a panel; words between its plain rows
   Mode mode_;
-  int64_t rows_seen_ = 0, picked_ = 0, unsettled_ = 0;  // in this mode: rows, candidate tiles, rows without one survivor
+  int64_t rows_seen_ = 0, picked_ = 0,
+          unsettled_ = 0;  // in this mode: rows, candidate tiles, rows without one survivor
   // Of one panel: its rounded rows, in words and plain; the lowest score of each tile; what was found.
   std::vector<int32_t> fine_, coarse_, plain_, lowest_, number_, value_;
   std::vector<float> residual_, coarse_residual_;

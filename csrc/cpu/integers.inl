@@ -11,8 +11,8 @@ namespace vqkernels {
 namespace {
 namespace filter {
 
-// The scores of one tile, [code][half]. The loop is written in assembly because gcc 12 spills the accumulators of the same
-// loop in intrinsics, at more than half its speed.
+// The scores of one tile, [code][half]. The loop is written in assembly because gcc 12 spills the accumulators of the
+// same loop in intrinsics, at more than half its speed.
 struct IntegerTile {
   Ints score[kCodesPerTile][2];
 };
@@ -22,19 +22,27 @@ struct IntegerTile {
 #define VQ_FINE(word, acc) "vpdpwssd %%zmm31, %%" word ", %" acc "\n\t"
 #define VQ_COARSE(word, acc) "vpdpbusd %%zmm31, %%" word ", %" acc "\n\t"
 #else
-#define VQ_FINE(word, acc) "vpmaddwd %%zmm31, %%" word ", %%zmm28\n\t" "vpaddd %%zmm28, %" acc ", %" acc "\n\t"
+#define VQ_FINE(word, acc)    \
+  "vpmaddwd %%zmm31, %%" word \
+  ", %%zmm28\n\t"             \
+  "vpaddd %%zmm28, %" acc ", %" acc "\n\t"
 #endif
-#define VQ_INIT(byte, low, high) "vpbroadcastd " byte "(%25), %" low "\n\t" "vmovdqa64 %" low ", %" high "\n\t"
-#define VQ_FINE_STEP(byte, low, high) "vpbroadcastd " byte "(%25), %%zmm31\n\t" VQ_FINE("zmm29", low) VQ_FINE("zmm30", high)
+#define VQ_INIT(byte, low, high)      \
+  "vpbroadcastd " byte "(%25), %" low \
+  "\n\t"                              \
+  "vmovdqa64 %" low ", %" high "\n\t"
+#define VQ_FINE_STEP(byte, low, high) \
+  "vpbroadcastd " byte "(%25), %%zmm31\n\t" VQ_FINE("zmm29", low) VQ_FINE("zmm30", high)
 #define VQ_COARSE_STEP(byte, low, high) \
   "vpbroadcastd " byte "(%25), %%zmm31\n\t" VQ_COARSE("zmm29", low) VQ_COARSE("zmm30", high)
-#define VQ_EVERY(F)                                                                                              \
-  F("0", "0", "1") F("4", "2", "3") F("8", "4", "5") F("12", "6", "7") F("16", "8", "9") F("20", "10", "11")       \
-  F("24", "12", "13") F("28", "14", "15") F("32", "16", "17") F("36", "18", "19") F("40", "20", "21")              \
-  F("44", "22", "23")
-#define VQ_TILE(STEP)                                                                                            \
-  static_assert(kCodesPerTile == 12, "the assembly below has 12 codes");                                           \
-  IntegerTile t;                                                                                                   \
+#define VQ_EVERY(F)                                                                                                \
+  F("0", "0", "1")                                                                                                 \
+  F("4", "2", "3")                                                                                                 \
+  F("8", "4", "5") F("12", "6", "7") F("16", "8", "9") F("20", "10", "11") F("24", "12", "13") F("28", "14", "15") \
+      F("32", "16", "17") F("36", "18", "19") F("40", "20", "21") F("44", "22", "23")
+#define VQ_TILE(STEP)                                                                                                \
+  static_assert(kCodesPerTile == 12, "the assembly below has 12 codes");                                             \
+  IntegerTile t;                                                                                                     \
   asm(VQ_EVERY(VQ_INIT)                                                                                            \
       "1:\n\t"                                                                                                     \
       "addq $48, %25\n\t"                                                                                          \
@@ -51,17 +59,24 @@ struct IntegerTile {
         "=&v"(t.score[10][0]), "=&v"(t.score[10][1]), "=&v"(t.score[11][0]), "=&v"(t.score[11][1]),                \
         "+&r"(panel), "+&r"(code), "+&r"(words)                                                                    \
       :                                                                                                            \
-      : "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc");                                                       \
+      : "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc"); \
   return t
 #else
-#define VQ_FINE(word, acc) "vpmaddwd %%ymm15, %%" word ", %%ymm14\n\t" "vpaddd %%ymm14, %" acc ", %" acc "\n\t"
-#define VQ_INIT(byte, low, high) "vpbroadcastd " byte "(%13), %" low "\n\t" "vmovdqa %" low ", %" high "\n\t"
-#define VQ_FINE_STEP(byte, low, high) "vpbroadcastd " byte "(%13), %%ymm15\n\t" VQ_FINE("ymm12", low) VQ_FINE("ymm13", high)
-#define VQ_EVERY(F)                                                                                              \
+#define VQ_FINE(word, acc)    \
+  "vpmaddwd %%ymm15, %%" word \
+  ", %%ymm14\n\t"             \
+  "vpaddd %%ymm14, %" acc ", %" acc "\n\t"
+#define VQ_INIT(byte, low, high)      \
+  "vpbroadcastd " byte "(%13), %" low \
+  "\n\t"                              \
+  "vmovdqa %" low ", %" high "\n\t"
+#define VQ_FINE_STEP(byte, low, high) \
+  "vpbroadcastd " byte "(%13), %%ymm15\n\t" VQ_FINE("ymm12", low) VQ_FINE("ymm13", high)
+#define VQ_EVERY(F) \
   F("0", "0", "1") F("4", "2", "3") F("8", "4", "5") F("12", "6", "7") F("16", "8", "9") F("20", "10", "11")
-#define VQ_TILE(STEP)                                                                                            \
-  static_assert(kCodesPerTile == 6, "the assembly below has 6 codes");                                             \
-  IntegerTile t;                                                                                                   \
+#define VQ_TILE(STEP)                                                                                                \
+  static_assert(kCodesPerTile == 6, "the assembly below has 6 codes");                                               \
+  IntegerTile t;                                                                                                     \
   asm(VQ_EVERY(VQ_INIT)                                                                                            \
       "1:\n\t"                                                                                                     \
       "addq $24, %13\n\t"                                                                                          \
@@ -75,7 +90,7 @@ struct IntegerTile {
         "=&x"(t.score[4][0]), "=&x"(t.score[4][1]), "=&x"(t.score[5][0]), "=&x"(t.score[5][1]),                    \
         "+&r"(panel), "+&r"(code), "+&r"(words)                                                                    \
       :                                                                                                            \
-      : "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc");                                                       \
+      : "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc"); \
   return t
 #endif
 
@@ -83,7 +98,8 @@ inline __attribute__((always_inline)) IntegerTile fine_tile(const int32_t* panel
   VQ_TILE(VQ_FINE_STEP);
 }
 #if defined(VQ_COARSE)
-inline __attribute__((always_inline)) IntegerTile coarse_tile(const int32_t* panel, const int32_t* code, int64_t words) {
+inline
+    __attribute__((always_inline)) IntegerTile coarse_tile(const int32_t* panel, const int32_t* code, int64_t words) {
   VQ_TILE(VQ_COARSE_STEP);
 }
 #endif
@@ -101,13 +117,15 @@ inline __attribute__((always_inline)) Ints lowest_of(const IntegerTile& tile, in
   if constexpr (kCount == 1) {
     return tile.score[kFirst][half];
   } else {
-    return min(lowest_of<kFirst, kCount / 2>(tile, half), lowest_of<kFirst + kCount / 2, kCount - kCount / 2>(tile, half));
+    return min(lowest_of<kFirst, kCount / 2>(tile, half),
+               lowest_of<kFirst + kCount / 2, kCount - kCount / 2>(tile, half));
   }
 }
 
 template <class Score>
-inline __attribute__((always_inline)) void sweep_tiles(const Score& score, const int32_t* panel, const IntegerTiles& tiles,
-                                                       int64_t first, int64_t last, int32_t* lowest, int32_t* best) {
+inline __attribute__((always_inline)) void sweep_tiles(const Score& score, const int32_t* panel,
+                                                       const IntegerTiles& tiles, int64_t first, int64_t last,
+                                                       int32_t* lowest, int32_t* best) {
   Ints best0 = load(best), best1 = load(best + kLanes);
   for (int64_t index = first; index < last; ++index) {
     const IntegerTile tile = score(panel, tiles.codes + index * (tiles.words + 1) * kCodesPerTile, tiles.words);
@@ -124,13 +142,15 @@ inline __attribute__((always_inline)) void sweep_tiles(const Score& score, const
 
 void sweep_fine(const int32_t* panel, const IntegerTiles& tiles, int64_t first, int64_t last, int32_t* lowest,
                 int32_t* best) {
-  sweep_tiles([](auto... x) __attribute__((always_inline)) { return fine_tile(x...); }, panel, tiles, first, last, lowest, best);
+  sweep_tiles([](auto... x) __attribute__((always_inline)) { return fine_tile(x...); }, panel, tiles, first, last,
+              lowest, best);
 }
 
 #if defined(__AVX512VNNI__)
 void sweep_coarse(const int32_t* panel, const IntegerTiles& tiles, int64_t first, int64_t last, int32_t* lowest,
                   int32_t* best) {
-  sweep_tiles([](auto... x) __attribute__((always_inline)) { return coarse_tile(x...); }, panel, tiles, first, last, lowest, best);
+  sweep_tiles([](auto... x) __attribute__((always_inline)) { return coarse_tile(x...); }, panel, tiles, first, last,
+              lowest, best);
 }
 #else
 constexpr decltype(IntegerKernels::sweep_coarse) sweep_coarse = nullptr;
@@ -163,7 +183,8 @@ inline void round_half(const float* panel, float fine_scale, float coarse_scale,
     if (d + 2 < channels) store(fine + kRows, word[1]);
     fine += 2 * kRows;
     if constexpr (kCoarse) {
-      const Ints four = bits_or(bits_or(byte[0], shift_left<8>(byte[1])), bits_or(shift_left<16>(byte[2]), shift_left<24>(byte[3])));
+      const Ints four =
+          bits_or(bits_or(byte[0], shift_left<8>(byte[1])), bits_or(shift_left<16>(byte[2]), shift_left<24>(byte[3])));
       store(coarse, bits_xor(four, splat(int32_t(0x80808080u))));
       coarse += kRows;
     }
@@ -214,10 +235,12 @@ int64_t scan(const int32_t* lowest, int64_t tiles, const int32_t* limit, int32_t
   return found;
 }
 
-// Scores of one tile for one row, codes being lanes; the lanes behind the last code belong to the next line of the tile.
+// Scores of one tile for one row, codes being lanes; the lanes behind the last code belong to the next line of the
+// tile.
 template <class Step>
-inline __attribute__((always_inline)) int64_t pick_codes(const Step& step, const int32_t* row, const IntegerTiles& tiles,
-                                                         int64_t tile, int32_t limit, int32_t* numbers) {
+inline __attribute__((always_inline)) int64_t pick_codes(const Step& step, const int32_t* row,
+                                                         const IntegerTiles& tiles, int64_t tile, int32_t limit,
+                                                         int32_t* numbers) {
   const int32_t* code = tiles.codes + tile * (tiles.words + 1) * kCodesPerTile;
   Ints part[4] = {load(code), splat(int32_t(0)), splat(int32_t(0)), splat(int32_t(0))};
   code += kCodesPerTile;
@@ -225,7 +248,8 @@ inline __attribute__((always_inline)) int64_t pick_codes(const Step& step, const
   for (; w + 4 <= tiles.words; w += 4, code += 4 * kCodesPerTile, row += 4 * kRows)
     for (int i = 0; i < 4; ++i) part[i] = step(part[i], splat(row[i * kRows]), load(code + i * kCodesPerTile));
   for (; w < tiles.words; ++w, code += kCodesPerTile, row += kRows) part[0] = step(part[0], splat(*row), load(code));
-  unsigned within = not_above(add(add(part[0], part[1]), add(part[2], part[3])), splat(limit)) & ((1u << kCodesPerTile) - 1u);
+  unsigned within =
+      not_above(add(add(part[0], part[1]), add(part[2], part[3])), splat(limit)) & ((1u << kCodesPerTile) - 1u);
   int64_t found = 0;
   for (; within != 0; within &= within - 1) numbers[found++] = int32_t(tile * kCodesPerTile + __builtin_ctz(within));
   return found;
@@ -237,7 +261,8 @@ int64_t pick_fine(const int32_t* row, const IntegerTiles& tiles, int64_t tile, i
 
 #if defined(__AVX512VNNI__)
 int64_t pick_coarse(const int32_t* row, const IntegerTiles& tiles, int64_t tile, int32_t limit, int32_t* numbers) {
-  return pick_codes([](Ints s, Ints a, Ints b) { return _mm512_dpbusd_epi32(s, a, b); }, row, tiles, tile, limit, numbers);
+  return pick_codes([](Ints s, Ints a, Ints b) { return _mm512_dpbusd_epi32(s, a, b); }, row, tiles, tile, limit,
+                    numbers);
 }
 #else
 constexpr decltype(IntegerKernels::pick_coarse) pick_coarse = nullptr;
@@ -262,7 +287,8 @@ int32_t score(const int16_t* row, const int16_t* codes, const int32_t* bias, int
   return lowest;
 }
 
-constexpr IntegerKernels kIntegers = {round_panel, sweep_fine, sweep_coarse, limits, scan, pick_fine, pick_coarse, score};
+constexpr IntegerKernels kIntegers = {round_panel, sweep_fine, sweep_coarse, limits,
+                                      scan,        pick_fine,  pick_coarse,  score};
 
 }  // namespace filter
 }  // namespace

@@ -1,8 +1,8 @@
 // The kernels that are compiled once per SIMD level, as one table of function pointers for each level.
 //
-// level_<name>.cpp makes the table of its level: it includes every body (kernels.inl) and is compiled with the flags that
-// setup.py gives its name. level.cpp lists the levels and knows which of them a CPU has. A new level is a row there, a
-// level_<name>.cpp, its flags, and a section of simd.h where it has vectors of its own.
+// level_<name>.cpp makes the table of its level: it includes every body (kernels.inl) and is compiled with the flags
+// that setup.py gives its name. level.cpp lists the levels and knows which of them a CPU has. A new level is a row
+// there, a level_<name>.cpp, its flags, and a section of simd.h where it has vectors of its own.
 #pragma once
 #include <stdint.h>
 

@@ -10,8 +10,8 @@ namespace vqkernels {
 namespace {
 
 constexpr int64_t kBlockBytes = 128 * 1024;  // packed codes swept by every panel of a chunk before the next: half an L2
-constexpr int64_t kIntegerRows = 32;  // below, a second packed codebook costs more than it saves
-constexpr int64_t kMostLanes = 32;  // rows of the widest panel
+constexpr int64_t kIntegerRows = 32;         // below, a second packed codebook costs more than it saves
+constexpr int64_t kMostLanes = 32;           // rows of the widest panel
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Calls f(first tile, last tile, panel) so that a block of codes stays in cache while all panels pass over it.
@@ -31,11 +31,7 @@ bool neighbours(const int64_t* offsets, int64_t count) {
 
 NearestSearch::NearestSearch(const Rows& rows, const PackedCodebook& codebook, const IntegerCodebook& integers,
                              bool certified)
-    : rows_(rows),
-      codebook_(codebook),
-      integers_(integers),
-      sweep_(codebook.sweep),
-      certified_(certified) {
+    : rows_(rows), codebook_(codebook), integers_(integers), sweep_(codebook.sweep), certified_(certified) {
   const int64_t padded = (kChunk + sweep_.rows - 1) / sweep_.rows * sweep_.rows;
   for (auto* buffer : {&norm_, &best_, &second_}) buffer->resize(padded);
   slot_.resize(padded);
@@ -53,7 +49,8 @@ void NearestSearch::read_panel(const int64_t* offsets, int64_t count, float* pan
     sweep_.transpose(at, count, channels, reinterpret_cast<int32_t*>(panel), lanes);
     return;
   }
-  for (int64_t d = 0; count < lanes && d < channels; ++d) std::fill(panel + d * lanes + count, panel + (d + 1) * lanes, 0.0f);
+  for (int64_t d = 0; count < lanes && d < channels; ++d)
+    std::fill(panel + d * lanes + count, panel + (d + 1) * lanes, 0.0f);
   if (rows_.dtype == DType::f32 && neighbours(offsets, count)) {
     const float* z = static_cast<const float*>(rows_.data) + offsets[0];
     for (int64_t d = 0; d < channels; ++d) std::copy(z + d * stride, z + d * stride + count, panel + d * lanes);
@@ -66,8 +63,7 @@ void NearestSearch::read_panel(const int64_t* offsets, int64_t count, float* pan
     const auto read = [&](int64_t at, int64_t d) {
       if constexpr (std::is_same<T, double>::value)
         return float((z[at] - codebook_.wide_centre()[d]) * double(codebook_.scale()));
-      else
-        return widen(z[at]);
+      else return widen(z[at]);
     };
     if (stride == 1) {
       for (int64_t r = 0; r < count; ++r)
@@ -229,8 +225,7 @@ void NearestSearch::rescore(const int64_t* offsets, const float* thresholds, int
   with_type(rows_.dtype, [&](auto* type) {
     for (int64_t r = 0; r < count; ++r) {
       const auto* row = static_cast<decltype(type)>(rows_.data) + offsets[r];
-      for (int64_t d = 0; d < channels; ++d)
-        wide_panel_[d * lanes + r] = double(widen(row[d * rows_.channel_stride]));
+      for (int64_t d = 0; d < channels; ++d) wide_panel_[d * lanes + r] = double(widen(row[d * rows_.channel_stride]));
     }
   });
   std::fill(index, index + count, codebook_.index(0));

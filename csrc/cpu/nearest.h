@@ -1,10 +1,11 @@
-// Nearest-code search on the CPU: integer and float32 filters with certificates, the float64 contract for what they leave.
+// Nearest-code search on the CPU: integer and float32 filters with certificates, the float64 contract for what they
+// leave.
 //
-// Three filters in a row, each exact about what it decides: int8 and int16 (codebook16.h), float32 (codebook.h), float64
-// (the contract itself, on the codes that could still win). Fused: centring, rounding, distances, minima, certificates,
-// re-scoring. Never built: the N x K matrix; scores live in registers. Traffic: z once; the packed codebook once per panel
-// (integers) or per kChunk rows (float32), from cache; indices once. Ties: lowest index. A row's result depends on that row and the codebook alone, so threads, batch
-// splits and tilings cannot change it.
+// Three filters in a row, each exact about what it decides: int8 and int16 (codebook16.h), float32 (codebook.h),
+// float64 (the contract itself, on the codes that could still win). Fused: centring, rounding, distances, minima,
+// certificates, re-scoring. Never built: the N x K matrix; scores live in registers. Traffic: z once; the packed
+// codebook once per panel (integers) or per kChunk rows (float32), from cache; indices once. Ties: lowest index. A
+// row's result depends on that row and the codebook alone, so threads, batch splits and tilings cannot change it.
 #pragma once
 #include <stdint.h>
 
@@ -18,8 +19,8 @@
 
 namespace vqkernels {
 
-constexpr int64_t kChunk = 256;        // rows searched together: their panels stay in L2 while the codebook streams by
-constexpr int64_t kMasked = -1;        // index of a masked row
+constexpr int64_t kChunk = 256;  // rows searched together: their panels stay in L2 while the codebook streams by
+constexpr int64_t kMasked = -1;  // index of a masked row
 
 class NearestSearch {
  public:

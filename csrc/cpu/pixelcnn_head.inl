@@ -36,17 +36,19 @@ template <class T> inline void rectify_backward(const PixelCNNHead<T>& x, int64_
   }
 }
 
-// to[column][row] = from[row][column] + bias[column or row]; a square block at a time, which the first-level cache holds.
-// A float32 block is turned in registers.
+// to[column][row] = from[row][column] + bias[column or row]; a square block at a time, which the first-level cache
+// holds. A float32 block is turned in registers.
 constexpr int64_t kBlockSide = 16;
 
-template <class T> inline void turn(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t columns) {
+template <class T>
+inline void turn(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t columns) {
   if constexpr (sizeof(T) == 4 && kBlockSide % kLanes == 0) {
     if (rows == kBlockSide && columns == kBlockSide) {
       for (int64_t r = 0; r < kBlockSide; r += kLanes)
         for (int64_t c = 0; c < kBlockSide; c += kLanes) {
           Ints x[kLanes];
-          for (int i = 0; i < kLanes; ++i) x[i] = load(reinterpret_cast<const int32_t*>(from + (r + i) * from_stride + c));
+          for (int i = 0; i < kLanes; ++i)
+            x[i] = load(reinterpret_cast<const int32_t*>(from + (r + i) * from_stride + c));
           transpose(x);
           for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<int32_t*>(to + (c + i) * to_stride + r), x[i]);
         }

@@ -1,15 +1,17 @@
 // What stands between the matrix products of a gated PixelCNN layer in training, and its gradients.
 //
 // Activations are rows (grid, row, column) of channels. The vertical stack's 2 x 3 convolution runs by Winograd's
-// filtering F(4, 3) along the width, with the points 0, +-3/4, +-3/2 and infinity: six products of a quarter of the rows,
-// half the multiply-adds of the convolution. Its inputs ("tiles") are (6, B H T, 2C), T = ceil(W / 4): the transform of
-// the columns 4t - 1 to 4t + 4 of the grid row above, then of the grid row itself; zeros stand for what is outside.
+// filtering F(4, 3) along the width, with the points 0, +-3/4, +-3/2 and infinity: six products of a quarter of the
+// rows, half the multiply-adds of the convolution. Its inputs ("tiles") are (6, B H T, 2C), T = ceil(W / 4): the
+// transform of the columns 4t - 1 to 4t + 4 of the grid row above, then of the grid row itself; zeros stand for what is
+// outside.
 //
 // Fused: the way out of the products, the shift (bias, label, condition), the gate, and the way into the next layer's
 // products; backward likewise, with the gates recomputed. A grid row is a few KB and stays in the first-level cache, so
 // that every activation is read once and written once. Never built: padded, cropped or gated copies.
 //
-// A grid is one thread's: sums over a grid run in order, and no bit depends on the threads. SIMD levels differ in rounding.
+// A grid is one thread's: sums over a grid run in order, and no bit depends on the threads. SIMD levels differ in
+// rounding.
 #pragma once
 #include <stdint.h>
 
@@ -49,8 +51,8 @@ template <class T> struct PixelCNNGate {
   T *grad_left, *grad_shift;
 };
 
-// The end of a layer: features = update + bias + residual, and for the next layer's 1 x 2 convolution each of them behind
-// that of its left neighbour.
+// The end of a layer: features = update + bias + residual, and for the next layer's 1 x 2 convolution each of them
+// behind that of its left neighbour.
 template <class T> struct PixelCNNJoin {
   PixelCNNGrids grids;
   const T *update, *bias, *residual;  // (B H W, C), (C), (B H W, C) or null

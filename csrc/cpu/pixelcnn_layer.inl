@@ -1,64 +1,13 @@
 // The passes of a PixelCNN layer for one SIMD level: see pixelcnn_layer.h.
 #include "pixelcnn_layer.h"
 
-#include <type_traits>
 #include <vector>
 
-#include "gate.inl"
+#include "winograd.inl"
 
 namespace vqkernels {
 namespace {
 namespace pixelcnn {
-
-// Winograd's F(4, 3) at 0, +-p, +-q and infinity.
-constexpr double kP = 0.75, kQ = 1.5, kP2 = kP * kP, kQ2 = kQ * kQ, kProduct = kP2 * kQ2, kSum = kP2 + kQ2;
-constexpr int kElements = 6, kOutputs = 4;
-
-template <class V> inline __attribute__((always_inline)) void into_tile(const V (&d)[6], V (&v)[6]) {
-  using S = std::remove_cv_t<std::remove_reference_t<decltype(v[0][0])>>;
-  const auto c = [](double x) { return splat(S(x)); };
-  v[0] = fma(c(kProduct), d[0], fma(c(-kSum), d[2], d[4]));
-  v[5] = fma(c(kProduct), d[1], fma(c(-kSum), d[3], d[5]));
-  const V even_p = fma(c(-kQ2), d[2], d[4]), odd_p = mul(c(kP), fma(c(-kQ2), d[1], d[3]));
-  const V even_q = fma(c(-kP2), d[2], d[4]), odd_q = mul(c(kQ), fma(c(-kP2), d[1], d[3]));
-  v[1] = add(even_p, odd_p), v[2] = sub(even_p, odd_p);
-  v[3] = add(even_q, odd_q), v[4] = sub(even_q, odd_q);
-}
-
-// The transpose of into_tile.
-template <class V> inline __attribute__((always_inline)) void into_tile_backward(const V (&v)[6], V (&d)[6]) {
-  using S = std::remove_cv_t<std::remove_reference_t<decltype(d[0][0])>>;
-  const auto c = [](double x) { return splat(S(x)); };
-  const V sum_p = add(v[1], v[2]), odd_p = sub(v[1], v[2]), sum_q = add(v[3], v[4]), odd_q = sub(v[3], v[4]);
-  d[0] = mul(c(kProduct), v[0]);
-  d[1] = fma(c(kProduct), v[5], fma(c(-kP * kQ2), odd_p, mul(c(-kQ * kP2), odd_q)));
-  d[2] = fma(c(-kSum), v[0], fma(c(-kQ2), sum_p, mul(c(-kP2), sum_q)));
-  d[3] = fma(c(-kSum), v[5], fma(c(kP), odd_p, mul(c(kQ), odd_q)));
-  d[4] = add(v[0], add(sum_p, sum_q));
-  d[5] = v[5];
-}
-
-template <class V> inline __attribute__((always_inline)) void out_of_tile(const V (&m)[6], V (&y)[4]) {
-  using S = std::remove_cv_t<std::remove_reference_t<decltype(y[0][0])>>;
-  const auto c = [](double x) { return splat(S(x)); };
-  const V sum_p = add(m[1], m[2]), odd_p = sub(m[1], m[2]), sum_q = add(m[3], m[4]), odd_q = sub(m[3], m[4]);
-  y[0] = add(m[0], add(sum_p, sum_q));
-  y[1] = fma(c(kP), odd_p, mul(c(kQ), odd_q));
-  y[2] = fma(c(kP2), sum_p, mul(c(kQ2), sum_q));
-  y[3] = fma(c(kP2 * kP), odd_p, fma(c(kQ2 * kQ), odd_q, m[5]));
-}
-
-// The transpose of out_of_tile.
-template <class V> inline __attribute__((always_inline)) void out_of_tile_backward(const V (&y)[4], V (&m)[6]) {
-  using S = std::remove_cv_t<std::remove_reference_t<decltype(y[0][0])>>;
-  const auto c = [](double x) { return splat(S(x)); };
-  const V even_p = fma(c(kP2), y[2], y[0]), odd_p = fma(c(kP2 * kP), y[3], mul(c(kP), y[1]));
-  const V even_q = fma(c(kQ2), y[2], y[0]), odd_q = fma(c(kQ2 * kQ), y[3], mul(c(kQ), y[1]));
-  m[0] = y[0];
-  m[1] = add(even_p, odd_p), m[2] = sub(even_p, odd_p);
-  m[3] = add(even_q, odd_q), m[4] = sub(even_q, odd_q);
-  m[5] = y[3];
-}
 
 // tanh(a), sigmoid(b) and their derivatives: with e = exp(-2|a|) - 1 and f = exp(-|b|), |tanh| = -e / (e + 2),
 // tanh' = 4 (e + 1) / (e + 2)^2, sigmoid = 1 or f over 1 + f, sigmoid' = f / (1 + f)^2.
@@ -149,7 +98,8 @@ template <class T> inline void vertical(const PixelCNNVertical<T>& x, int64_t fi
 
 // grad_above (4 T, 2C) of a grid row, zeros behind its width; `gated` is room for the gradient of the gated features.
 template <class T>
-inline void gate_gradient_row(const PixelCNNVerticalBackward<T>& x, int64_t grid, int64_t row, T* gated, T* out, T* sum) {
+inline void gate_gradient_row(const PixelCNNVerticalBackward<T>& x, int64_t grid, int64_t row, T* gated, T* out,
+                              T* sum) {
   using Vector = typename Lanes<T>::Vector;
   const PixelCNNGrids& g = x.grids;
   const int64_t channels = g.channels, twice = 2 * channels, tiles = g.tiles();
@@ -173,7 +123,8 @@ inline void gate_gradient_row(const PixelCNNVerticalBackward<T>& x, int64_t grid
       into_tile_backward(in, back);
       for (int k = 0; k < kElements; ++k) {
         T* to = gated + (kOutputs * t + k) * channels + c;
-        store_some(to, k < 2 ? add(load_some(to, left), back[k]) : back[k], left);  // two columns are the last tile's too
+        store_some(to, k < 2 ? add(load_some(to, left), back[k]) : back[k],
+                   left);  // two columns are the last tile's too
       }
     });
   }
@@ -184,7 +135,8 @@ inline void gate_gradient_row(const PixelCNNVerticalBackward<T>& x, int64_t grid
     T* step = g.shift_per_position ? x.grad_shift + (at + w) * twice : sum;
     each_vector<T>(channels, [&](int64_t c, int64_t left) {
       const auto read = [&](const T* from, int64_t half) { return load_some(from + half + c, left); };
-      const Gate<T> gate = gate_parts<T>(add(read(above, 0), read(shift, 0)), add(read(above, channels), read(shift, channels)));
+      const Gate<T> gate =
+          gate_parts<T>(add(read(above, 0), read(shift, 0)), add(read(above, channels), read(shift, channels)));
       const Vector dy = load_some(gated + (w + 1) * channels + c, left);
       const Vector da = mul(dy, mul(gate.share, gate.content_slope)), db = mul(dy, mul(gate.content, gate.share_slope));
       store_some(out + w * twice + c, add(read(grad, 0), da), left);
@@ -205,7 +157,8 @@ template <class T> inline void vertical_backward(const PixelCNNVerticalBackward<
     if (!g.shift_per_position) memset(sum, 0, twice * sizeof(T));
     for (int64_t row = 0; row < g.height; ++row) {
       const int64_t line = grid * g.height + row;
-      gate_gradient_row(x, grid, row, gated.data(), x.grad_given ? x.grad_given + line * g.width * twice : grad.data(), sum);
+      gate_gradient_row(x, grid, row, gated.data(), x.grad_given ? x.grad_given + line * g.width * twice : grad.data(),
+                        sum);
       if (x.grad_given) continue;
       for (int64_t t = 0; t < tiles; ++t) {
         T* m = x.grad_products + (line * tiles + t) * twice;
@@ -248,13 +201,15 @@ template <class T> inline void gate_backward(const PixelCNNGate<T>& x, int64_t f
       T* step = g.shift_per_position ? x.grad_shift + at * twice : sum;
       each_vector<T>(channels, [&](int64_t c, int64_t left) {
         const auto read = [&](const T* from, int64_t half) { return load_some(from + half + c, left); };
-        const Gate<T> gate = gate_parts<T>(add(read(in, 0), read(shift, 0)), add(read(in, channels), read(shift, channels)));
+        const Gate<T> gate =
+            gate_parts<T>(add(read(in, 0), read(shift, 0)), add(read(in, channels), read(shift, channels)));
         Vector dy = load_some(x.grad + at * channels + c, left), y = mul(gate.content, gate.share);
         if (x.scale) {
           const Vector scale = load_some(x.scale + at * channels + c, left);
           dy = mul(dy, scale), y = mul(y, scale);
         }
-        const Vector da = mul(dy, mul(gate.share, gate.content_slope)), db = mul(dy, mul(gate.content, gate.share_slope));
+        const Vector da = mul(dy, mul(gate.share, gate.content_slope)),
+                     db = mul(dy, mul(gate.content, gate.share_slope));
         store_some(x.gated + at * channels + c, y, left);
         store_some(out + c, da, left);
         store_some(out + channels + c, db, left);
@@ -298,44 +253,6 @@ template <class T> inline void join_backward(const PixelCNNJoinBackward<T>& x, i
         }
         store_some(x.grad + at * channels + c, y, left);
       });
-    }
-}
-
-constexpr double kNormP = 2 * kP2 * (kP2 - kQ2), kNormQ = 2 * kQ2 * (kQ2 - kP2);  // of the Lagrange polynomials
-
-template <class T> inline void filters(const PixelCNNFilters<T>& x, int64_t first, int64_t last) {
-  const int64_t channels = x.channels, twice = 2 * channels, element = x.outputs * twice;
-  for (int64_t n = first; n < last; ++n)
-    for (int64_t r = 0; r < 2; ++r) {
-      const T* w = x.from + n * 3 * twice + 3 * r;
-      T* u = x.to + n * twice + r * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        const T w0 = w[6 * c], w1 = w[6 * c + 1], w2 = w[6 * c + 2];
-        const T even_p = (w0 + T(kP2) * w2) * T(1 / kNormP), odd_p = w1 * T(kP / kNormP);
-        const T even_q = (w0 + T(kQ2) * w2) * T(1 / kNormQ), odd_q = w1 * T(kQ / kNormQ);
-        u[c] = w0 * T(1 / kProduct);
-        u[element + c] = even_p + odd_p;
-        u[2 * element + c] = even_p - odd_p;
-        u[3 * element + c] = even_q + odd_q;
-        u[4 * element + c] = even_q - odd_q;
-        u[5 * element + c] = w2;
-      }
-    }
-}
-
-template <class T> inline void filters_backward(const PixelCNNFilters<T>& x, int64_t first, int64_t last) {
-  const int64_t channels = x.channels, twice = 2 * channels, element = x.outputs * twice;
-  for (int64_t n = first; n < last; ++n)
-    for (int64_t r = 0; r < 2; ++r) {
-      T* w = x.to + n * 3 * twice + 3 * r;
-      const T* u = x.from + n * twice + r * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        const T p = u[element + c], minus_p = u[2 * element + c], q = u[3 * element + c], minus_q = u[4 * element + c];
-        const T even_p = (p + minus_p) * T(1 / kNormP), even_q = (q + minus_q) * T(1 / kNormQ);
-        w[6 * c] = u[c] * T(1 / kProduct) + even_p + even_q;
-        w[6 * c + 1] = (p - minus_p) * T(kP / kNormP) + (q - minus_q) * T(kQ / kNormQ);
-        w[6 * c + 2] = u[5 * element + c] + T(kP2) * even_p + T(kQ2) * even_q;
-      }
     }
 }
 

@@ -74,7 +74,8 @@ int64_t draw_code(Draw& draw, double uniform, double temperature, int64_t top_k,
   return code(kept - 1);
 }
 
-// Row `row` of the stack's logits as a grid's, in double: under guidance from the row with the label and the one without.
+// Row `row` of the stack's logits as a grid's, in double: under guidance from the row with the label and the one
+// without.
 template <class T> void read_logits(const PixelCNNStep<T>& step, int64_t grid, std::vector<double>& out) {
   const T* with_label = step.scores + grid * step.copies * step.num_codes;
   const T* without = with_label + step.num_codes;

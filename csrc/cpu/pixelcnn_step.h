@@ -29,10 +29,10 @@ template <class T> struct PixelCNNStep {
   int64_t grids, copies, height, width;  // R = grids * copies rows of the stack; copies is 2 under guidance
   const PixelCNNLayer<T>* layer;
   const T *head, *head_bias, *output, *output_bias, *embedding;
-  const T* condition;  // (R, H, W, condition channels)
+  const T* condition;                         // (R, H, W, condition channels)
   T *above, *left, *gated, *hidden, *scores;  // (R, W, 2C), (R, 2C), (R, C), (R, head), (R, K)
-  T* logits;           // (end - begin, R, K), or null
-  int64_t* codes;      // (B, H, W)
+  T* logits;                                  // (end - begin, R, K), or null
+  int64_t* codes;                             // (B, H, W)
   const double* noise;
   bool residual_head;
   int64_t begin, end, top_k;

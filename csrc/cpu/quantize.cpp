@@ -94,7 +94,8 @@ double gather_rows(const Rows& z, const Codes& codebook, const RowsOut& quantize
           T* out = to[i] + d * quantized.channel_stride;
           if (index[i] < 0) narrow(0.0, out);
           else if (!finite[i]) narrow(double(widen(code_of(i)[d])), out);
-          else partial[i * kPartials + d % kPartials] += gather_element(from[i][d * z.channel_stride], code_of(i)[d], out);
+          else
+            partial[i * kPartials + d % kPartials] += gather_element(from[i][d * z.channel_stride], code_of(i)[d], out);
         }
       }
       for (int64_t i = 0; i < count; ++i)

@@ -14,9 +14,7 @@ struct Rows {
   int64_t batch_stride, position_stride, channel_stride;
 
   int64_t count() const { return batch * positions; }
-  int64_t offset(int64_t row) const {
-    return (row / positions) * batch_stride + (row % positions) * position_stride;
-  }
+  int64_t offset(int64_t row) const { return (row / positions) * batch_stride + (row % positions) * position_stride; }
 };
 
 // One codebook (size, channels), contiguous.

@@ -7,26 +7,12 @@
 
 #include "counter.h"
 #include "kernels.h"
+#include "reading.h"
 
 namespace vqkernels {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// Calls f(d, value) for every channel of a code, in double.
-template <class F> void read_code(const Codes& codebook, int64_t k, const F& f) {
-  with_type(codebook.dtype, [&](auto* type) {
-    const auto* code = static_cast<decltype(type)>(codebook.data) + k * codebook.channels;
-    for (int64_t d = 0; d < codebook.channels; ++d) f(d, double(widen(code[d])));
-  });
-}
-
-template <class F> void read_row(const Rows& rows, int64_t row, const F& f) {
-  with_type(rows.dtype, [&](auto* type) {
-    const auto* x = static_cast<decltype(type)>(rows.data) + rows.offset(row);
-    for (int64_t d = 0; d < rows.channels; ++d) f(d, double(widen(x[d * rows.channel_stride])));
-  });
-}
 
 // A power of two that brings x below 1, and a finite one: 1 for 0.
 double power_of_two_below_one_over(double x) {
@@ -122,8 +108,8 @@ void sample_rows(const Rows& rows, const SampleCodes& codes, double temperature,
   }
   double best[kSampleRows];
   int32_t slot[kSampleRows];
-  active().sample_panel({panel.data(), low, high, codes.codes.data(), codes.index.data(), int64_t(codes.index.size()), channels,
-       euclidean, scaled_inverse, best, slot});
+  active().sample_panel({panel.data(), low, high, codes.codes.data(), codes.index.data(), int64_t(codes.index.size()),
+                         channels, euclidean, scaled_inverse, best, slot});
   for (int64_t i = 0; i < end - begin; ++i) {
     if (!wanted[i]) continue;
     const int64_t chosen = fabs(best[i]) < 1e30 ? slot[i] : sample_in_double(rows, codes, inverse, key[i], begin + i);

@@ -40,7 +40,8 @@ template <class V, class T> inline __attribute__((always_inline)) V load(const T
   return x;
 }
 
-// Scores of `count` codes from `first` for kLanes rows: minus the squared distance, or the product. Channels in order, no contraction.
+// Scores of `count` codes from `first` for kLanes rows: minus the squared distance, or the product. Channels in order,
+// no contraction.
 template <int count, bool euclidean>
 inline __attribute__((always_inline)) void scores(const SamplePanel& panel, int lane, int64_t first, Floats* a) {
   const int64_t channels = panel.channels;
@@ -51,7 +52,7 @@ inline __attribute__((always_inline)) void scores(const SamplePanel& panel, int 
   for (int64_t d = 0; d < channels; ++d) {
     const Floats x = load<Floats>(panel.rows + d * kSampleRows + lane);
 #pragma GCC unroll 8
-  for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < count; ++i) {
       const Floats e = splat(code[i * channels + d]);
       sum[i] += euclidean ? (x - e) * (x - e) : x * e;
     }
@@ -62,7 +63,7 @@ inline __attribute__((always_inline)) void scores(const SamplePanel& panel, int 
 
 template <int count, bool euclidean>
 inline __attribute__((always_inline)) void step(const SamplePanel& panel, int lane, int64_t first,
-                                                 const Floats& inverse, Floats& limit) {
+                                                const Floats& inverse, Floats& limit) {
   Floats a[count];
   scores<count, euclidean>(panel, lane, first, a);
   const Bits low = load<Bits>(panel.low + lane), high = load<Bits>(panel.high + lane);

@@ -8,7 +8,7 @@ namespace vqkernels {
 namespace {
 namespace filter {
 
-constexpr Sweep kSweep = {kRows,    kCodesPerTile, prepare, sweep, sift, contract, transpose_words,
+constexpr Sweep kSweep = {kRows,     kCodesPerTile, prepare, sweep, sift, contract, transpose_words,
 #if defined(__AVX2__)
                           &kIntegers};
 #else

@@ -82,10 +82,12 @@ inline int64_t compress(Ints x, Ints limit, int32_t base, int32_t* number, int32
 }
 inline void transpose(Ints (&x)[16]) {
   Ints t[16];
-  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  for (int i = 0; i < 16; i += 2)
+    t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
   for (int i = 0; i < 16; i += 4)
     for (int j = 0; j < 2; ++j)
-      x[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]), x[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+      x[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]),
+                x[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
   for (int j = 0; j < 4; ++j) {  // x[4 i + j] holds columns j, j + 4, j + 8, j + 12 of rows 4 i to 4 i + 3
     const Ints a = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), b = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
     const Ints c = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88), d = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
@@ -169,10 +171,12 @@ inline int64_t compress(Ints x, Ints limit, int32_t base, int32_t* number, int32
 }
 inline void transpose(Ints (&x)[8]) {
   Ints t[8];
-  for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+  for (int i = 0; i < 8; i += 2)
+    t[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
   for (int i = 0; i < 8; i += 4)
     for (int j = 0; j < 2; ++j)
-      x[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + j + 2]), x[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + j + 2]);
+      x[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + j + 2]),
+                x[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + j + 2]);
   for (int j = 0; j < 4; ++j)
     t[j] = _mm256_permute2x128_si256(x[j], x[4 + j], 0x20), t[j + 4] = _mm256_permute2x128_si256(x[j], x[4 + j], 0x31);
   for (int i = 0; i < 8; ++i) x[i] = t[i];

@@ -1,10 +1,10 @@
 // Deterministic segment sums: counts and sums of the rows of each code, and the codebook gradient.
 //
-// Every sum adds its rows in ascending order, in double, and is rounded once, so neither threads nor the layout of z can
-// change a bit. Where a row is contiguous, the row numbers are sorted by code (a stable counting sort) and each code's rows
-// are added by the one thread that owns the code. Where the channels are apart (images, channels first) each thread owns
-// channels instead and walks all rows, which are then contiguous. No atomics, no one-hot; memory: one row number per row
-// and one offset or sum per code.
+// Every sum adds its rows in ascending order, in double, and is rounded once, so neither threads nor the layout of z
+// can change a bit. Where a row is contiguous, the row numbers are sorted by code (a stable counting sort) and each
+// code's rows are added by the one thread that owns the code. Where the channels are apart (images, channels first)
+// each thread owns channels instead and walks all rows, which are then contiguous. No atomics, no one-hot; memory: one
+// row number per row and one offset or sum per code.
 #pragma once
 #include <stdint.h>
 

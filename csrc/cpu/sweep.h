@@ -39,8 +39,8 @@ struct Sweep {
   // separately. `euclidean`: the squared distance; otherwise minus the dot product.
   void (*contract)(const double* panel, const double* code, int64_t channels, bool euclidean, double* score);
 
-  // Transposes 32-bit words: out[word * stride + i] = rows[i][word] for i < rows and word < words; zeros from `count` on.
-  // Reads nothing behind a row's last word.
+  // Transposes 32-bit words: out[word * stride + i] = rows[i][word] for i < rows and word < words; zeros from `count`
+  // on. Reads nothing behind a row's last word.
   void (*transpose)(const int32_t* const* rows, int64_t count, int64_t words, int32_t* out, int64_t stride);
 
   const IntegerKernels* integers;  // null where the level has no integer filter

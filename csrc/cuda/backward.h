@@ -1,5 +1,5 @@
-// The gradient of z on the GPU: the launcher of row_gradient.h. No torch header; nothing waits, allocates or keeps state.
-// (The codebook's gradient is a segment sum: statistics.h.)
+// The gradient of z on the GPU: the launcher of row_gradient.h. No torch header; nothing waits, allocates or keeps
+// state. (The codebook's gradient is a segment sum: statistics.h.)
 #pragma once
 #include <cuda_runtime_api.h>
 

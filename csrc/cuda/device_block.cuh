@@ -31,8 +31,7 @@ struct DeviceBlock {
   template <class T> __device__ __forceinline__ DeviceShared<T> shared(int bytes) const {
     return {reinterpret_cast<T*>(vqkernels_shared + bytes)};
   }
-  template <class T>
-  __device__ __forceinline__ void copy_async(DeviceShared<T> to, int i, const T* from) const {
+  template <class T> __device__ __forceinline__ void copy_async(DeviceShared<T> to, int i, const T* from) const {
     static_assert(sizeof(T) == 16, "cp.async copies 16 bytes");
     const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to.data + i));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");

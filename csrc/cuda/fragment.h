@@ -7,7 +7,8 @@
 //   B (16 channels x 8 codes)  two registers of two channels: channels 2 place (+8 for register 1) and the next, code quad
 //   C (16 rows x 8 codes)      four sums: row quad (+8 for sums 2, 3), code 2 place (+1 for sums 1, 3)
 // So over four neighbouring products a lane sees, of a row, codes 8 j + 2 place + e of a block of 32, j < 4, e < 2: the
-// group of eight whose minimum it keeps. Group g = 4 block + place: the numbering of vqkernels/backends/triton/resolve.py.
+// group of eight whose minimum it keeps. Group g = 4 block + place: the numbering of
+// vqkernels/backends/triton/resolve.py.
 //
 // Operands lie in shared memory as rows of CHUNKS chunks of 16 bytes (8 channels). ldmatrix reads one chunk of eight
 // consecutive rows at a time; the chunk's place is permuted so that these fall into eight different 16-byte banks.
@@ -29,9 +30,9 @@ namespace vqkernels {
 namespace cuda {
 
 constexpr int kProductRows = 16, kProductCodes = 8, kProductDepth = 16;  // of one mma
-constexpr int kGroup = 8;                                                 // codes of a group
-constexpr int kBlockCodes = 32;                                           // codes whose groups the four places share
-constexpr int kChunkNumbers = 8;                                          // fp16 numbers of 16 bytes
+constexpr int kGroup = 8;                                                // codes of a group
+constexpr int kBlockCodes = 32;                                          // codes whose groups the four places share
+constexpr int kChunkNumbers = 8;                                         // fp16 numbers of 16 bytes
 
 struct alignas(16) Chunk {
   uint32_t word[4];
@@ -42,9 +43,7 @@ struct Spot {
 };
 
 // Element e (0, 1) of register r of the left operand: (row, channel).
-VQ_BOTH Spot a_place(int lane, int r, int e) {
-  return {lane / 4 + 8 * (r & 1), 2 * (lane % 4) + 8 * (r >> 1) + e};
-}
+VQ_BOTH Spot a_place(int lane, int r, int e) { return {lane / 4 + 8 * (r & 1), 2 * (lane % 4) + 8 * (r >> 1) + e}; }
 
 // Element e (0, 1) of register r of the right operand: (channel, code).
 VQ_BOTH Spot b_place(int lane, int r, int e) { return {2 * (lane % 4) + 8 * r + e, lane / 4}; }
@@ -80,8 +79,8 @@ VQ_BOTH int padded_channels(int64_t channels) {
   return padded;
 }
 
-// What a lane knows of a row's scores: the smallest group minimum, the smallest of all other groups, and whose the first
-// is. Groups come in ascending order and the comparison is strict, so of equal minima the lowest group stays.
+// What a lane knows of a row's scores: the smallest group minimum, the smallest of all other groups, and whose the
+// first is. Groups come in ascending order and the comparison is strict, so of equal minima the lowest group stays.
 struct Best {
   float best, second;
   int group;

@@ -1,9 +1,9 @@
 // What follows the search: look-up, rounding to z's type in z's layout, direct residual, squared error.
 //
 // 16 rows per block of 128 threads. Where channels are neighbours eight lanes share a row, else neighbouring lanes take
-// neighbouring rows: either way they read neighbours. Each block writes one partial sum; the block that finishes last adds
-// all of them in one order, so the squared error does not depend on who finished when. Never materialised: e[index], z - e.
-// Traffic: z once, the chosen codes (mostly from cache), the output once.
+// neighbouring rows: either way they read neighbours. Each block writes one partial sum; the block that finishes last
+// adds all of them in one order, so the squared error does not depend on who finished when. Never materialised:
+// e[index], z - e. Traffic: z once, the chosen codes (mostly from cache), the output once.
 // A poisoned row makes the squared error NaN; a masked one (index -1) is not read and becomes zeros.
 #pragma once
 #include "problem.h"
@@ -54,7 +54,8 @@ VQ_BOTH double gather_rows(Block& block, const Call& call, int64_t head, int64_t
 }
 
 // The rows of one group, and the sum of all groups from whoever comes last. `bytes`: where its shared memory begins.
-template <class Block> VQ_BOTH void gather_group(Block& block, const Call& call, int64_t head, int64_t group, int bytes) {
+template <class Block>
+VQ_BOTH void gather_group(Block& block, const Call& call, int64_t head, int64_t group, int bytes) {
   const bool wide = call.problem.z.dtype == DType::f64 || call.problem.codebook.dtype == DType::f64;
   double error = wide ? gather_rows<double>(block, call, head, group) : gather_rows<float>(block, call, head, group);
   error = sum_of_block(block, error, bytes);

@@ -19,7 +19,8 @@ struct StreamLauncher {
 
   template <class Program> int launch(int64_t grid_x, int64_t grid_y, int shared_bytes, const Program& program) const {
     if (grid_x > 0x7fffffff || grid_y > 0xffff) return cudaErrorInvalidConfiguration;
-    program_kernel<Program><<<dim3(unsigned(grid_x), unsigned(grid_y)), Program::kThreads, shared_bytes, stream>>>(program);
+    program_kernel<Program>
+        <<<dim3(unsigned(grid_x), unsigned(grid_y)), Program::kThreads, shared_bytes, stream>>>(program);
     return cudaGetLastError();
   }
 };

@@ -30,7 +30,8 @@ extern "C" cudaError_t vqkernels_cuda_lookup(const Problem* problem, const Outpu
                                              cudaStream_t stream) {
   if (!countable(*problem) || bytes < size_t(lookup_bytes(*problem))) return cudaErrorInvalidValue;
   const Call call = lookup_call(*problem, *out, static_cast<char*>(workspace));
-  if (call.plan.rows == 0 || problem->z.heads == 0) return cudaMemsetAsync(out->squared_error, 0, sizeof(double), stream);
+  if (call.plan.rows == 0 || problem->z.heads == 0)
+    return cudaMemsetAsync(out->squared_error, 0, sizeof(double), stream);
   const cudaError_t error = cudaMemsetAsync(workspace, 0, kTicketBytes, stream);
   if (error != cudaSuccess) return error;
   return cudaError_t(StreamLauncher{stream}.launch(call.plan.row_groups, problem->z.heads, kGatherBytes, LookUp{call}));

@@ -6,8 +6,8 @@
 
 namespace vqkernels {
 
-// Four 8 x 8 matrices of fp16 numbers: lane l gives the address of row l % 8 of matrix l / 8, chunk `i` of `from`, and gets
-// two numbers of row l / 4 of each.
+// Four 8 x 8 matrices of fp16 numbers: lane l gives the address of row l % 8 of matrix l / 8, chunk `i` of `from`, and
+// gets two numbers of row l / 4 of each.
 __device__ __forceinline__ void load_matrices(const DeviceBlock&, DeviceShared<cuda::Chunk> from, int i,
                                               uint32_t (&out)[4]) {
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(from.data + i));
@@ -20,7 +20,8 @@ __device__ __forceinline__ void load_matrices(const DeviceBlock&, DeviceShared<c
 // sum += left · right, registers as in fragment.h.
 __device__ __forceinline__ void multiply(const DeviceBlock&, float (&sum)[4], const uint32_t (&left)[4],
                                          uint32_t right0, uint32_t right1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
 }

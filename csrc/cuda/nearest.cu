@@ -49,7 +49,9 @@ struct Launcher {
   }
   void finish(const Call& call, int64_t x, int64_t y) { one(finish_kernel, call, x, y, kFinishThreads, kFinishBytes); }
   void resolve(const Call& call, int64_t x, int64_t y) { one(resolve_kernel, call, x, y, kFinishThreads, 0); }
-  void rescore(const Call& call, int64_t x, int64_t y) { one(rescore_kernel, call, x, y, kFinishThreads, kRescoreBytes); }
+  void rescore(const Call& call, int64_t x, int64_t y) {
+    one(rescore_kernel, call, x, y, kFinishThreads, kRescoreBytes);
+  }
   void gather(const Call& call, int64_t x, int64_t y) { one(gather_kernel, call, x, y, kFinishThreads, kGatherBytes); }
   template <class T> void zero(T* at) {
     if (error == cudaSuccess) error = cudaMemsetAsync(at, 0, sizeof(T), stream);
@@ -84,8 +86,9 @@ extern "C" cudaError_t vqkernels_cuda_nearest_workspace(const Problem* problem, 
   return cudaSuccess;
 }
 
-extern "C" cudaError_t vqkernels_cuda_nearest(const Problem* problem, const Output* out, int64_t* decided, int processors,
-                                              void* workspace, size_t bytes, int* launches, cudaStream_t stream) {
+extern "C" cudaError_t vqkernels_cuda_nearest(const Problem* problem, const Output* out, int64_t* decided,
+                                              int processors, void* workspace, size_t bytes, int* launches,
+                                              cudaStream_t stream) {
   if (launches != nullptr) *launches = 0;
   if (!countable(*problem) || processors < 1) return cudaErrorInvalidValue;
   Call call = {*problem, plan_of(*problem, processors), {}, *out};

@@ -1,19 +1,20 @@
 // Rounding codes and rows to fp16 operands, in one launch: blocks for the codes of a head, then blocks for its rows.
 //
-// No block waits for another: what they must agree on, the frame, each works out from the same sample of at most 64 codes.
-// Code units are 2^c (x - centre). The centre is the mean of the sampled codes that are not far longer than most, taken
-// twice; any vector is valid, since rows and codes subtract the same one and the rounding is measured. c brings the sample's
-// reference length (seven of eight are no longer) into [2^8, 2^9). Cosine packs 2^10 e / |e| and centres nothing.
-// A row is stored as q = fp16(2^r (z - centre)) with its largest element in [2^10, 2^11); beta = 2^(c - r) takes q to code
-// units. Results per row, in code units: norm >= |beta q|, error >= |beta q - 2^c (z - centre)|; NaN as norm marks a row with
-// a NaN or an infinity, -1 a masked row (never read), an infinite error one about which nothing can be proved.
+// No block waits for another: what they must agree on, the frame, each works out from the same sample of at most 64
+// codes. Code units are 2^c (x - centre). The centre is the mean of the sampled codes that are not far longer than
+// most, taken twice; any vector is valid, since rows and codes subtract the same one and the rounding is measured. c
+// brings the sample's reference length (seven of eight are no longer) into [2^8, 2^9). Cosine packs 2^10 e / |e| and
+// centres nothing. A row is stored as q = fp16(2^r (z - centre)) with its largest element in [2^10, 2^11); beta = 2^(c
+// - r) takes q to code units. Results per row, in code units: norm >= |beta q|, error >= |beta q - 2^c (z - centre)|;
+// NaN as norm marks a row with a NaN or an infinity, -1 a masked row (never read), an infinite error one about which
+// nothing can be proved.
 //
-// Codes left out (euclidean). A code of length >= 2^13 code units, 16 times the reference, would set radius and spread of
-// all. It is packed as zero with half norm ¼|y|², rounded down: a lower bound of ½|y|² - x·y for every x no longer than 2^11,
-// since then x·y <= 2^11 |y| <= ¼|y|²; margin.h holds for lower bounds. resolve.h leaves longer rows undecided. It is never
-// the best: its score is nearly 2^24 or more, that of a sampled code at most 2^17 + 2^11 · 2^9 and its rounding.
-// A code with a NaN or an infinity has half norm +inf, as padding has. The contract takes the first of equal codes, and no
-// score tells them apart: a row whose nearest code is repeated goes to float64.
+// Codes left out (euclidean). A code of length >= 2^13 code units, 16 times the reference, would set radius and spread
+// of all. It is packed as zero with half norm ¼|y|², rounded down: a lower bound of ½|y|² - x·y for every x no longer
+// than 2^11, since then x·y <= 2^11 |y| <= ¼|y|²; margin.h holds for lower bounds. resolve.h leaves longer rows
+// undecided. It is never the best: its score is nearly 2^24 or more, that of a sampled code at most 2^17 + 2^11 · 2^9
+// and its rounding. A code with a NaN or an infinity has half norm +inf, as padding has. The contract takes the first
+// of equal codes, and no score tells them apart: a row whose nearest code is repeated goes to float64.
 #pragma once
 #include "problem.h"
 
@@ -60,7 +61,9 @@ template <class Block> VQ_BOTH Frame frame_of(Block& block, const Call& call, in
   const int samples = int(p.codes < kSample ? p.codes : kSample);
   const auto sampled = [&](int s, int64_t d) {
     const int64_t row = int64_t(s) * p.codes / samples;
-    return element<double>(p.codebook.data, p.codebook.dtype, head * p.codebook.head_stride + row * p.codebook.code_stride + d * p.codebook.channel_stride);
+    return element<double>(
+        p.codebook.data, p.codebook.dtype,
+        head * p.codebook.head_stride + row * p.codebook.code_stride + d * p.codebook.channel_stride);
   };
   for (int d = thread; d < padded; d += threads) centre.set(d, 0.0f);
   block.sync();
@@ -110,7 +113,8 @@ template <class Block> VQ_BOTH Frame frame_of(Block& block, const Call& call, in
 }
 
 // Codes part · 32 ..., 32 at a time, eight lanes each.
-template <class Block> VQ_BOTH void pack_codes(Block& block, const Call& call, const Frame& frame, int64_t head, int part) {
+template <class Block>
+VQ_BOTH void pack_codes(Block& block, const Call& call, const Frame& frame, int64_t head, int part) {
   const Problem& p = call.problem;
   const Operands& o = call.operands;
   const int padded = call.plan.padded, thread = block.thread(), sub = thread % kPackLanes;
@@ -123,7 +127,9 @@ template <class Block> VQ_BOTH void pack_codes(Block& block, const Call& call, c
   for (int first = part * kTogether; first < call.plan.padded_codes; first += call.plan.code_parts * kTogether) {
     const int k = first + thread / kPackLanes;
     const int64_t from = head * p.codebook.head_stride + k * p.codebook.code_stride;
-    const auto code = [&](int64_t d) { return element<double>(p.codebook.data, p.codebook.dtype, from + d * p.codebook.channel_stride); };
+    const auto code = [&](int64_t d) {
+      return element<double>(p.codebook.data, p.codebook.dtype, from + d * p.codebook.channel_stride);
+    };
     int bad = k >= p.codes;
     double square = 0.0, whole = 0.0;
     for (int d = sub; k < p.codes && d < p.z.channels; d += kPackLanes) {

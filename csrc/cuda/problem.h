@@ -14,11 +14,11 @@ namespace vqkernels {
 namespace cuda {
 
 constexpr int kPackThreads = 256, kFinishThreads = 128, kFinishRows = 16;
-constexpr int kPackLanes = 8;        // lanes that share a row whose channels are neighbours
-constexpr int kMostCodeParts = 64;   // blocks that pack the codes of a head
+constexpr int kPackLanes = 8;       // lanes that share a row whose channels are neighbours
+constexpr int kMostCodeParts = 64;  // blocks that pack the codes of a head
 constexpr int kMostSplits = 64;
-constexpr int kMostChannels = 8192;  // the centre lies in shared memory
-constexpr int64_t kFewRows = 8192;   // up to here one kernel finishes what the search began, if there are
+constexpr int kMostChannels = 8192;               // the centre lies in shared memory
+constexpr int64_t kFewRows = 8192;                // up to here one kernel finishes what the search began, if there are
 constexpr int64_t kFewScores = int64_t(1) << 24;  // no more scores either: an undecided row costs its block all codes
 
 // The codebook has `codes` codes; the mask may be null. `certified` false: precision="fast".
@@ -34,28 +34,29 @@ struct Problem {
 struct Plan {
   int padded, rows, padded_rows, padded_codes;
   int tiles, splits, tiles_per_split;
-  int code_parts, row_parts;   // blocks of the packing kernel per head
-  int row_lanes;               // 8 where channels are neighbours, else 1: neighbouring rows go to neighbouring lanes
-  int centred;                 // 16-bit products are exact as they stand, so those are not centred
-  int row_groups;              // of kFinishRows
-  int fused;                   // whether one kernel finishes
+  int code_parts, row_parts;  // blocks of the packing kernel per head
+  int row_lanes;              // 8 where channels are neighbours, else 1: neighbouring rows go to neighbouring lanes
+  int centred;                // 16-bit products are exact as they stand, so those are not centred
+  int row_groups;             // of kFinishRows
+  int fused;                  // whether one kernel finishes
 };
 
 struct Operands {
-  uint16_t *rows, *codes;                   // fp16: (heads, padded rows, padded), (heads, padded codes, padded)
-  float *half_norms;                        // (heads, padded codes)
-  float *beta, *norm, *error, *limit;       // (heads, padded rows)
-  float *radius, *spread;                   // (heads, code parts): maxima of each part
-  int *left_out;                            // (heads, code parts): whether a code of the part was left out
-  float *best, *second;                     // (splits, heads, padded rows)
-  int *group;
-  int *open, *list;                         // (heads,) how many rows are undecided; (heads, rows) which
-  int *ticket;                              // how many blocks have finished
-  int64_t *decided;
-  double *partial_error;                    // (heads, row groups)
+  uint16_t *rows, *codes;              // fp16: (heads, padded rows, padded), (heads, padded codes, padded)
+  float* half_norms;                   // (heads, padded codes)
+  float *beta, *norm, *error, *limit;  // (heads, padded rows)
+  float *radius, *spread;              // (heads, code parts): maxima of each part
+  int* left_out;                       // (heads, code parts): whether a code of the part was left out
+  float *best, *second;                // (splits, heads, padded rows)
+  int* group;
+  int *open, *list;  // (heads,) how many rows are undecided; (heads, rows) which
+  int* ticket;       // how many blocks have finished
+  int64_t* decided;
+  double* partial_error;  // (heads, row groups)
 };
 
-// Where the results go. `indices` is int64, written; `quantized` has z's sizes and type; its data may be null: indices alone.
+// Where the results go. `indices` is int64, written; `quantized` has z's sizes and type; its data may be null: indices
+// alone.
 struct Output {
   PerRow indices;
   Rows quantized;
@@ -74,9 +75,9 @@ inline int64_t rounded_up(int64_t x, int64_t to) { return blocks_of(x, to) * to;
 // Whether sizes are within what the kernels count in: rows and codes of a head below 2^31.
 inline bool countable(const Problem& p) {
   const int64_t most = int64_t(1) << 30;
-  return p.z.batch >= 0 && p.z.positions >= 0 && p.z.heads >= 0 && p.z.heads < 65536 && p.codes > 0 && p.codes <= most &&
-         p.z.channels > 0 && p.z.channels <= kMostChannels && (p.z.positions == 0 || p.z.batch <= most / p.z.positions) &&
-         p.z.total() / kFinishRows < most;
+  return p.z.batch >= 0 && p.z.positions >= 0 && p.z.heads >= 0 && p.z.heads < 65536 && p.codes > 0 &&
+         p.codes <= most && p.z.channels > 0 && p.z.channels <= kMostChannels &&
+         (p.z.positions == 0 || p.z.batch <= most / p.z.positions) && p.z.total() / kFinishRows < most;
 }
 
 inline Plan plan_of(const Problem& p, int processors) {

@@ -1,10 +1,10 @@
 // The contract itself, in float64, for the rows that the certificate left open.
 //
-// 16 rows at a time, four warps that share the codes out: the candidate scores are computed again, on the tensor core and
-// straight from global memory, and compared with each row's limit. The few codes that pass are scored under the contract by
-// the lane that found them, sequentially over the channels, subtraction, multiplication and addition rounded separately.
-// Ties: a lane's codes ascend and the comparison is by (value, code), so the lowest index stays whoever found it. A value
-// that is NaN or infinite counts as +inf: if all are, the lowest finite code is chosen.
+// 16 rows at a time, four warps that share the codes out: the candidate scores are computed again, on the tensor core
+// and straight from global memory, and compared with each row's limit. The few codes that pass are scored under the
+// contract by the lane that found them, sequentially over the channels, subtraction, multiplication and addition
+// rounded separately. Ties: a lane's codes ascend and the comparison is by (value, code), so the lowest index stays
+// whoever found it. A value that is NaN or infinite counts as +inf: if all are, the lowest finite code is chosen.
 // Which rows share a block depends on timing, no result does. Nothing of size K is written.
 #pragma once
 #include "problem.h"
@@ -35,7 +35,8 @@ VQ_BOTH double rooted(double a) { return sqrt(a); }
 
 // What the contract minimises: the squared distance, or minus the inner product, for cosine by the code's length.
 VQ_BOTH double contract_value(const Problem& p, int64_t head, int row, int code) {
-  const int64_t z_at = row_offset(p, p.z, head, row), e_at = head * p.codebook.head_stride + code * p.codebook.code_stride;
+  const int64_t z_at = row_offset(p, p.z, head, row),
+                e_at = head * p.codebook.head_stride + code * p.codebook.code_stride;
   double total = 0.0, square = 0.0;
   for (int64_t d = 0; d < p.z.channels; ++d) {
     const double x = element<double>(p.z.data, p.z.dtype, z_at + d * p.z.channel_stride);

@@ -1,11 +1,11 @@
 // After the candidate pass: merge the splits, decide what the certificate can decide, list the rest.
 //
-// Eight lanes share a row: each scores one code of the winning group again, in fp32, in an order of its own; the certificate
-// allows any (margin.h). A row is decided when no other group reaches the threshold, or holds any code that may be chosen,
-// and exactly one code of the winning group does: that code is the contract's choice. precision="fast" takes the operands
-// for exact: its threshold covers the arithmetic alone, so only rows whose scores tie within that are undecided.
-// Rows settled without scores: a masked one (norm < 0) gets -1; a poisoned one (norm NaN), and one for which every code is
-// non-finite (best = inf), get 0.
+// Eight lanes share a row: each scores one code of the winning group again, in fp32, in an order of its own; the
+// certificate allows any (margin.h). A row is decided when no other group reaches the threshold, or holds any code that
+// may be chosen, and exactly one code of the winning group does: that code is the contract's choice. precision="fast"
+// takes the operands for exact: its threshold covers the arithmetic alone, so only rows whose scores tie within that
+// are undecided. Rows settled without scores: a masked one (norm < 0) gets -1; a poisoned one (norm NaN), and one for
+// which every code is non-finite (best = inf), get 0.
 // Traffic per row: 12 bytes per split, one packed row, eight packed codes from cache.
 #pragma once
 #include "../margin.h"
@@ -70,7 +70,8 @@ VQ_BOTH Resolved resolve_row(Block& block, const Call& call, const Extent& exten
     VQ_UNROLL
     for (int i = 0; i < 4; ++i) {
       product = fmaf(widen(Float16{uint16_t(left.word[i])}), widen(Float16{uint16_t(right.word[i])}), product);
-      product = fmaf(widen(Float16{uint16_t(left.word[i] >> 16)}), widen(Float16{uint16_t(right.word[i] >> 16)}), product);
+      product =
+          fmaf(widen(Float16{uint16_t(left.word[i] >> 16)}), widen(Float16{uint16_t(right.word[i] >> 16)}), product);
     }
   }
   const float half = o.half_norms[code], score = half - o.beta[at] * product;

@@ -1,11 +1,12 @@
 // The gradient of z as a block program: grad_z = g + grad * 2 (z - e) / elements, from the direct residual.
 //
-// g is the gradient of the quantized rows, or, with `rotate`, |e|/|z| (g - 2 (g.w) w + 2 (g.q) u) with u = z/|z|, q = e/|e|,
-// w = (u + q)/|u + q|, w = 0 where u and q are opposite (Fifty et al. 2024; specified by `rotate` of
+// g is the gradient of the quantized rows, or, with `rotate`, |e|/|z| (g - 2 (g.w) w + 2 (g.q) u) with u = z/|z|, q =
+// e/|e|, w = (u + q)/|u + q|, w = 0 where u and q are opposite (Fifty et al. 2024; specified by `rotate` of
 // vqkernels/reference.py). Where channels are neighbours in memory, neighbouring threads share a row; else they take
 // neighbouring rows. Never materialised: e[index], z - e. Traffic: z, g and the chosen codes (mostly from cache) once,
 // then again from cache: whether a row is poisoned is known before its gradient is written.
-// A masked row (index -1) is not read and gets 0; a poisoned one, or one whose index is not below the codebook's size, NaN.
+// A masked row (index -1) is not read and gets 0; a poisoned one, or one whose index is not below the codebook's size,
+// NaN.
 #pragma once
 #include <math.h>
 
@@ -46,7 +47,8 @@ VQ_BOTH double two_to(int exponent) {  // a normal number
   return x;
 }
 
-// The exponent that scales x > 0 to at least 1/2 and below 2, within what two_to can undo; subnormal numbers stay small.
+// The exponent that scales x > 0 to at least 1/2 and below 2, within what two_to can undo; subnormal numbers stay
+// small.
 VQ_BOTH int scale_of(double x) {
   uint64_t bits;
   memcpy(&bits, &x, 8);
@@ -140,18 +142,17 @@ VQ_BOTH void write_row_gradients(Block& block, const RowGradient& a) {
   const Place place = inside ? place_of(a.z, uint32_t(flat)) : Place{0, 0, 0};
   const int64_t index = inside ? static_cast<const int64_t*>(a.indices.data)[offset_of(a.indices, place)] : -1;
   const bool known = index >= 0 && index < a.codes;
-  const GradientRow<Z> row = {
-      static_cast<const Z*>(a.z.data) + offset_of(a.z, place),
-      static_cast<const Z*>(a.incoming.data) + offset_of(a.incoming, place),
-      a.codebook.data,
-      a.codebook.dtype,
-      place.head * a.codebook.head_stride + (known ? index : 0) * a.codebook.code_stride,
-      a.codebook.channel_stride,
-      a.z.channel_stride,
-      a.incoming.channel_stride,
-      a.z.channels,
-      block.thread() % lanes,
-      lanes};
+  const GradientRow<Z> row = {static_cast<const Z*>(a.z.data) + offset_of(a.z, place),
+                              static_cast<const Z*>(a.incoming.data) + offset_of(a.incoming, place),
+                              a.codebook.data,
+                              a.codebook.dtype,
+                              place.head * a.codebook.head_stride + (known ? index : 0) * a.codebook.code_stride,
+                              a.codebook.channel_stride,
+                              a.z.channel_stride,
+                              a.incoming.channel_stride,
+                              a.z.channels,
+                              block.thread() % lanes,
+                              lanes};
   int bad = index >= a.codes;
   for (int64_t d = row.lane; known && d < row.channels; d += lanes) bad |= !is_finite(widen(row.z[d * row.z_stride]));
   for (int other = 1; other < lanes; other *= 2) bad |= block.shuffle_xor(bad, other);
@@ -181,7 +182,9 @@ VQ_BOTH void write_row_gradients(Block& block, const RowGradient& a) {
 template <class Z, class Real, bool kRotate> struct WriteRowGradients {
   static constexpr int kThreads = kGradientThreads, kBlocks = 8;
   RowGradient a;
-  template <class Block> VQ_BOTH void operator()(Block& block) const { write_row_gradients<Z, Real, kRotate>(block, a); }
+  template <class Block> VQ_BOTH void operator()(Block& block) const {
+    write_row_gradients<Z, Real, kRotate>(block, a);
+  }
 };
 
 // One launch; `Launcher` as in segment_sums.h.

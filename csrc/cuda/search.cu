@@ -12,7 +12,8 @@ constexpr int resident_blocks(int slice, bool streamed) {
 }
 
 template <int kSlice, bool kStreamed>
-__global__ void __launch_bounds__(kSearchThreads, resident_blocks(kSlice, kStreamed)) search_kernel(const SearchArguments arguments) {
+__global__ void __launch_bounds__(kSearchThreads, resident_blocks(kSlice, kStreamed))
+    search_kernel(const SearchArguments arguments) {
   DeviceBlock block;
   search_block<kSlice, kStreamed>(block, arguments);
 }
@@ -21,8 +22,8 @@ template <int kSlice, bool kStreamed>
 cudaError_t launch(const SearchArguments& arguments, int64_t blocks, int64_t heads, cudaStream_t stream) {
   constexpr int kBytes = search_shared_bytes(kSlice, kStreamed);
   if (kBytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(search_kernel<kSlice, kStreamed>,
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(search_kernel<kSlice, kStreamed>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(heads));

@@ -1,13 +1,13 @@
 // The candidate pass: packed rows times packed codes on the tensor core, reduced as it is produced.
 //
-// Fused: product, score ½|Y|² - beta q·p in one multiply-add, minima of groups of eight codes, running best and second best.
-// Never materialised: the N x K scores. Traffic: packed codes once per 128 rows; packed rows once up to D' = 128, else once
-// per 64 codes, from cache.
+// Fused: product, score ½|Y|² - beta q·p in one multiply-add, minima of groups of eight codes, running best and second
+// best. Never materialised: the N x K scores. Traffic: packed codes once per 128 rows; packed rows once up to D' = 128,
+// else once per 64 codes, from cache.
 //
-// 128 rows per block, 32 per warp: two products of 16 rows share every fragment of codes. Codes arrive 64 at a time in a ring
-// of three stages: while one is multiplied, one is in flight and one is being asked for; one barrier per step orders them.
-// Up to D' = 128 a warp keeps its rows as fragments in registers (D' / 2 of them); beyond, `kStreamed`, rows come through
-// the ring too, 64 channels at a time, and the sums of 64 codes stay in registers over the slices.
+// 128 rows per block, 32 per warp: two products of 16 rows share every fragment of codes. Codes arrive 64 at a time in
+// a ring of three stages: while one is multiplied, one is in flight and one is being asked for; one barrier per step
+// orders them. Up to D' = 128 a warp keeps its rows as fragments in registers (D' / 2 of them); beyond, `kStreamed`,
+// rows come through the ring too, 64 channels at a time, and the sums of 64 codes stay in registers over the slices.
 // Everything of a row and a place stays in one lane until the end, when the four places are merged (fragment.h).
 // Ties: groups ascend and comparisons are strict, so the lowest group stays; the certificate does not decide such rows.
 // Padding codes have a half norm of +inf and lose every comparison.
@@ -23,10 +23,10 @@ constexpr int kStreamSlice = 64;
 
 struct SearchArguments {
   const uint16_t *rows, *codes;  // (heads, padded rows, padded), (heads, padded codes, padded): fp16
-  const float *half_norms;       // (heads, padded codes)
-  const float *beta;             // (heads, padded rows): what takes q·p to code units
+  const float* half_norms;       // (heads, padded codes)
+  const float* beta;             // (heads, padded rows): what takes q·p to code units
   float *best, *second;          // (splits, heads, padded rows)
-  int *group;
+  int* group;
   int64_t padded_rows, padded_codes;
   int padded, heads, splits, tiles, tiles_per_split;
 };
@@ -74,8 +74,7 @@ VQ_BOTH void fold(Block&, const float (&sum)[4][4], const Pair (&half)[4], const
   }
 }
 
-template <int kSlice, bool kStreamed, class Block>
-VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
+template <int kSlice, bool kStreamed, class Block> VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
   constexpr int kChunks = kSlice / kChunkNumbers, kDepth = kSlice / kProductDepth;
   constexpr int kBlocks = kSearchCodes / kBlockCodes;
   constexpr int kCodesAt = kStreamed ? kSearchRows * row_bytes(kSlice) : 0;
@@ -104,11 +103,10 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
     block.template wait<0>();
     block.sync();
     VQ_UNROLL
-    for (int m = 0; m < 2; ++m)
-      VQ_UNROLL
-      for (int k = 0; k < kDepth; ++k)
-        load_matrices(block, all,
-                      swizzled(warp_row + m * kProductRows + left_at.row, 2 * k + left_at.column, kChunks), left[m][k]);
+    for (int m = 0; m < 2; ++m) VQ_UNROLL
+    for (int k = 0; k < kDepth; ++k)
+      load_matrices(block, all, swizzled(warp_row + m * kProductRows + left_at.row, 2 * k + left_at.column, kChunks),
+                    left[m][k]);
     block.sync();
   }
 
@@ -154,7 +152,8 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
     const auto right_rows = block.template shared<Chunk>(at + kCodesAt);
     const auto half_at = block.template shared<Pair>(at + kHalvesAt);
     stage = stage == 2 ? 0 : stage + 1;
-    const auto multiply_block = [&](int b, int k, const uint32_t(&l0)[4], const uint32_t(&l1)[4], float(&to)[2][4][4]) {
+    const auto multiply_block = [&](int b, int k, const uint32_t (&l0)[4], const uint32_t (&l1)[4],
+                                    float (&to)[2][4][4]) {
       VQ_UNROLL
       for (int p = 0; p < 2; ++p) {
         uint32_t right[4];
@@ -167,7 +166,7 @@ VQ_BOTH void search_block(Block& block, const SearchArguments& g) {
         }
       }
     };
-    const auto reduce = [&](int b, const float(&from)[2][4][4]) {
+    const auto reduce = [&](int b, const float (&from)[2][4][4]) {
       Pair half[4];
       VQ_UNROLL
       for (int n = 0; n < 4; ++n) half[n] = half_at.get(b * 16 + 4 * n + place);

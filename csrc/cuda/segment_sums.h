@@ -46,7 +46,8 @@ struct WriteTotals {
 };
 
 // Launcher: launch(grid_x, grid_y, shared_bytes, program) and sort(keys, order, total, bits, scratch, scratch_bytes),
-// which sorts pairs stably by key and leaves them in keys[0], order[0]; both return 0 or an error that ends the sequence.
+// which sorts pairs stably by key and leaves them in keys[0], order[0]; both return 0 or an error that ends the
+// sequence.
 template <class Z, int kWidth, class Launcher>
 int launch_segment_sums(Launcher& launcher, const SegmentSums& what, char* memory, const SumWorkspace& plan,
                         int64_t sort_bytes) {
@@ -57,18 +58,20 @@ int launch_segment_sums(Launcher& launcher, const SegmentSums& what, char* memor
   int error = 0;
   if (total > 0) {
     const int lanes = key_lanes(what.z, kWidth);
-    error = launcher.launch(blocks_of(total, kKeyThreads / lanes), 1, 0,
-                            WriteKeys<Z, kWidth>{{what.z, what.indices, what.mask, what.codes, lanes, keys[0], order[0]}});
+    error =
+        launcher.launch(blocks_of(total, kKeyThreads / lanes), 1, 0,
+                        WriteKeys<Z, kWidth>{{what.z, what.indices, what.mask, what.codes, lanes, keys[0], order[0]}});
     if (error == 0) error = launcher.sort(keys, order, total, key_bits(groups), memory + plan.sort, sort_bytes);
     if (error != 0) return error;
   }
   error = launcher.launch(blocks_of(groups + 1, kKeyThreads), 1, 0,
                           WriteBorders{{keys[0], total, groups, words(plan.start)}});
   const int lanes = sum_lanes(channels, kWidth);
-  const SumArguments sum = {what.z,   what.codebook, what.grad,         what.grad_type, what.elements,
-                            keys[0],  order[0],      words(plan.start), what.codes,     groups,
-                            lanes,    reinterpret_cast<double*>(memory + plan.partials),
-                            what.counts, what.sums,  what.sums_type};
+  const SumArguments sum = {
+      what.z,        what.codebook, what.grad,     what.grad_type,
+      what.elements, keys[0],       order[0],      words(plan.start),
+      what.codes,    groups,        lanes,         reinterpret_cast<double*>(memory + plan.partials),
+      what.counts,   what.sums,     what.sums_type};
   if (error == 0 && total > 0 && channels > 0)
     error = launcher.launch(blocks_of(total, int64_t(kChunkThreads / lanes) * kChunk),
                             blocks_of(channels, int64_t(lanes) * kWidth), sum_shared_bytes(lanes),

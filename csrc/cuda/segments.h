@@ -1,16 +1,16 @@
 // Deterministic sums of rows by code, as block programs: row keys, borders, chunk sums, totals.
 //
-// The key of a row is head * codes + index, and heads * codes for a row that counts nowhere: masked, of an index outside
-// the codebook, or holding a NaN or an infinity. A stable sort by key (statistics.cu) puts the rows of one code together,
-// ascending. The sorted rows are cut into chunks of kChunk; within one, runs of equal keys are added up, row after row. A
-// run that is a whole segment is written straight to its sum. The others leave a partial: one that began in an earlier
-// chunk at 2 * chunk, one that begins in this chunk and goes on at 2 * chunk + 1. The total of a segment over several
-// chunks adds its partials in chunk order. Who adds what, in which order, depends on the keys alone, so every bit
-// repeats on every GPU; there are no atomics, and one code with all the rows costs what many codes do.
+// The key of a row is head * codes + index, and heads * codes for a row that counts nowhere: masked, of an index
+// outside the codebook, or holding a NaN or an infinity. A stable sort by key (statistics.cu) puts the rows of one code
+// together, ascending. The sorted rows are cut into chunks of kChunk; within one, runs of equal keys are added up, row
+// after row. A run that is a whole segment is written straight to its sum. The others leave a partial: one that began
+// in an earlier chunk at 2 * chunk, one that begins in this chunk and goes on at 2 * chunk + 1. The total of a segment
+// over several chunks adds its partials in chunk order. Who adds what, in which order, depends on the keys alone, so
+// every bit repeats on every GPU; there are no atomics, and one code with all the rows costs what many codes do.
 // Never materialised: a permuted copy of z, a one-hot matrix, z - e. Traffic: keys read z once to find what is not
 // finite, sums read it once more, gathered; the partials, at most 2 D float64 per chunk, are written and read once.
-// Sums run in float64 and are rounded once. With a codebook the sum is of e - z, without the cancellation of n e - sum z,
-// times 2 grad / elements: the gradient of the mean squared distance.
+// Sums run in float64 and are rounded once. With a codebook the sum is of e - z, without the cancellation of n e - sum
+// z, times 2 grad / elements: the gradient of the mean squared distance.
 #pragma once
 #include "rows.h"
 
@@ -22,7 +22,7 @@ constexpr int kKeyThreads = 256;  // threads of a block, by kernel
 constexpr int kChunkThreads = 128;
 constexpr int kTotalThreads = 512;
 constexpr int kTotalWarps = kTotalThreads / kWarp;
-constexpr int kAhead = 8;  // rows that a thread reads before it adds them
+constexpr int kAhead = 8;     // rows that a thread reads before it adds them
 constexpr int kMinLanes = 8;  // threads of a chunk; fewer would need too much shared memory for the others
 constexpr int kLong = 64;     // a segment of more chunks than this is totalled by all warps of a block
 
@@ -97,17 +97,17 @@ template <class Block> VQ_BOTH void write_borders(Block& block, const BorderArgu
 
 struct SumArguments {
   Rows z;
-  Codes codebook;              // null: sums of z
-  const void* grad;            // of the loss, 0-d, or null: no factor
+  Codes codebook;    // null: sums of z
+  const void* grad;  // of the loss, 0-d, or null: no factor
   DType grad_type;
-  const int64_t* elements;     // how many elements the loss is the mean of, 0-d
+  const int64_t* elements;       // how many elements the loss is the mean of, 0-d
   const uint32_t *keys, *order;  // sorted
-  const uint32_t* start;       // of write_borders
-  int64_t codes, groups;       // groups = heads * codes
-  int lanes;                   // threads of a chunk, see sum_lanes
-  double* partials;            // (2 * chunks, channels)
-  int64_t* counts;             // (groups), or null
-  void* sums;                  // (groups, channels)
+  const uint32_t* start;         // of write_borders
+  int64_t codes, groups;         // groups = heads * codes
+  int lanes;                     // threads of a chunk, see sum_lanes
+  double* partials;              // (2 * chunks, channels)
+  int64_t* counts;               // (groups), or null
+  void* sums;                    // (groups, channels)
   DType sums_type;
 
   VQ_BOTH double factor() const {
@@ -167,9 +167,9 @@ template <class Z, int kWidth, class Block> VQ_BOTH void sum_chunks(Block& block
   const auto read_code = [&](uint32_t key) {
     const int64_t head = key / uint32_t(a.codes), index = key - uint32_t(head) * uint32_t(a.codes);
     for (int v = 0; v < kWidth; ++v)
-      code[v] = load_double(a.codebook.data, a.codebook.dtype,
-                            head * a.codebook.head_stride + index * a.codebook.code_stride +
-                                (d + v) * a.codebook.channel_stride);
+      code[v] = load_double(
+          a.codebook.data, a.codebook.dtype,
+          head * a.codebook.head_stride + index * a.codebook.code_stride + (d + v) * a.codebook.channel_stride);
   };
   const auto flush = [&](bool goes_on) {
     const Run kind = run_of(began_before, goes_on);

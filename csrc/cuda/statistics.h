@@ -1,7 +1,8 @@
-// Counts and sums of rows by code, and the codebook's gradient, on the GPU: the launcher of segments.h. No torch header.
+// Counts and sums of rows by code, and the codebook's gradient, on the GPU: the launcher of segments.h. No torch
+// header.
 //
-// Deterministic to the bit: stable radix sort, fixed chunks, partials added in order, no atomics. Nothing here waits for
-// the device, allocates, or keeps state: the caller lends a workspace of the size that the query names.
+// Deterministic to the bit: stable radix sort, fixed chunks, partials added in order, no atomics. Nothing here waits
+// for the device, allocates, or keeps state: the caller lends a workspace of the size that the query names.
 #pragma once
 #include <cuda_runtime_api.h>
 

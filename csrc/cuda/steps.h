@@ -1,4 +1,5 @@
-// The launches of one call in their order, for whatever launches them: the GPU (nearest.cu) or the executor of the tests.
+// The launches of one call in their order, for whatever launches them: the GPU (nearest.cu) or the executor of the
+// tests.
 //
 //   pack      codes and rows to fp16 operands, counters to zero
 //   search    the candidate pass
@@ -16,10 +17,20 @@ namespace cuda {
 inline SearchArguments search_arguments(const Call& call) {
   const Operands& o = call.operands;
   const Plan& plan = call.plan;
-  return {o.rows,           o.codes,           o.half_norms, o.beta,
-          o.best,           o.second,          o.group,      plan.padded_rows,
-          plan.padded_codes, plan.padded,      int(call.problem.z.heads), plan.splits,
-          plan.tiles,       plan.tiles_per_split};
+  return {o.rows,
+          o.codes,
+          o.half_norms,
+          o.beta,
+          o.best,
+          o.second,
+          o.group,
+          plan.padded_rows,
+          plan.padded_codes,
+          plan.padded,
+          int(call.problem.z.heads),
+          plan.splits,
+          plan.tiles,
+          plan.tiles_per_split};
 }
 
 // Blocks of the kernels that walk over what there is: eight per multiprocessor, or fewer.

@@ -1,4 +1,5 @@
-// How the memory that a caller lends to a launcher is divided: a plan made of sizes alone, so it can be tested anywhere.
+// How the memory that a caller lends to a launcher is divided: a plan made of sizes alone, so it can be tested
+// anywhere.
 #pragma once
 #include <type_traits>
 
@@ -36,7 +37,9 @@ VQ_BOTH int key_bits(int64_t groups) {
 }
 
 // Rows and keys are numbered in 32 bits, a sign to spare.
-VQ_BOTH bool fits_sums(int64_t total, int64_t groups) { return total < (int64_t(1) << 31) && groups < (int64_t(1) << 31); }
+VQ_BOTH bool fits_sums(int64_t total, int64_t groups) {
+  return total < (int64_t(1) << 31) && groups < (int64_t(1) << 31);
+}
 
 }  // namespace cuda
 }  // namespace vqkernels

@@ -1,12 +1,13 @@
 // Runs a CUDA block program of csrc/cuda on the CPU, thread by thread, and reports every race in shared memory.
 //
-// Each thread is a coroutine that runs until it meets the others: at a barrier of the block, or of its warp (shuffles and
-// ballots are such a meeting). Which thread goes first within a phase is chosen by a seed. Every two bytes of shared
-// memory remember who wrote and read them in the current phase. Two accesses by different threads, one of them a write,
-// are ordered if a barrier of the block, or of their common warp, lies between them; where none does, the run fails with
-// a sentence, and so it does for a barrier that not every thread reaches, a read of shared memory that nobody wrote, an
-// access beyond its end, and a touch of what cp.async has not brought yet. Blocks share nothing here: a launch is over
-// before the next begins, and global memory is not watched, so one launch's blocks must not talk to one another.
+// Each thread is a coroutine that runs until it meets the others: at a barrier of the block, or of its warp (shuffles
+// and ballots are such a meeting). Which thread goes first within a phase is chosen by a seed. Every two bytes of
+// shared memory remember who wrote and read them in the current phase. Two accesses by different threads, one of them a
+// write, are ordered if a barrier of the block, or of their common warp, lies between them; where none does, the run
+// fails with a sentence, and so it does for a barrier that not every thread reaches, a read of shared memory that
+// nobody wrote, an access beyond its end, and a touch of what cp.async has not brought yet. Blocks share nothing here:
+// a launch is over before the next begins, and global memory is not watched, so one launch's blocks must not talk to
+// one another.
 #pragma once
 #include <setjmp.h>
 #include <string.h>
@@ -115,7 +116,8 @@ class Machine {
   void exchange_all(uint64_t value, uint64_t (&got)[vqkernels::kWarp]) {
     threads_[current_].exchanged = value;
     meet(Meeting::warp);
-    for (int lane = 0; lane < vqkernels::kWarp; ++lane) got[lane] = threads_[warp() * vqkernels::kWarp + lane].exchanged;
+    for (int lane = 0; lane < vqkernels::kWarp; ++lane)
+      got[lane] = threads_[warp() * vqkernels::kWarp + lane].exchanged;
   }
 
   void read(int at, void* to, int bytes) {
@@ -195,7 +197,8 @@ class Machine {
     thread.context.uc_stack.ss_size = kStack;
     thread.context.uc_link = nullptr;
     const auto self = reinterpret_cast<uintptr_t>(this);
-    makecontext(&thread.context, reinterpret_cast<void (*)()>(&Machine::enter), 2, unsigned(self >> 32), unsigned(self));
+    makecontext(&thread.context, reinterpret_cast<void (*)()>(&Machine::enter), 2, unsigned(self >> 32),
+                unsigned(self));
   }
 
   // Lets go every warp, or the block, whose threads have all arrived at the same meeting.
@@ -352,9 +355,8 @@ struct Launcher {
     const uint32_t looked_at = bits < 32 ? (1u << bits) - 1 : ~0u;
     std::vector<std::pair<uint32_t, uint32_t>> pairs(total);
     for (int64_t i = 0; i < total; ++i) pairs[i] = {keys[0][i], order[0][i]};
-    std::stable_sort(pairs.begin(), pairs.end(), [&](const auto& a, const auto& b) {
-      return (a.first & looked_at) < (b.first & looked_at);
-    });
+    std::stable_sort(pairs.begin(), pairs.end(),
+                     [&](const auto& a, const auto& b) { return (a.first & looked_at) < (b.first & looked_at); });
     for (int64_t i = 0; i < total; ++i) keys[1][i] = pairs[i].first, order[1][i] = pairs[i].second;
     std::swap(keys[0], keys[1]);
     std::swap(order[0], order[1]);

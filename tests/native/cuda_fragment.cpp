@@ -44,7 +44,8 @@ void product_of_a_warp(int chunks, int step) {
     const int lane = block.thread();
     uint32_t a[4], b[4];
     load_matrices(block, memory, swizzled(a_address(lane).row, 2 * step + a_address(lane).column, chunks), a);
-    load_matrices(block, memory, 16 * chunks + swizzled(b_address(lane).row, 2 * step + b_address(lane).column, chunks), b);
+    load_matrices(block, memory, 16 * chunks + swizzled(b_address(lane).row, 2 * step + b_address(lane).column, chunks),
+                  b);
     for (int n = 0; n < 2; ++n) {
       float sum[4] = {};
       multiply(block, sum, a, b[2 * n], b[2 * n + 1]);
@@ -82,7 +83,8 @@ int main() {
           const Spot left = a_address(8 * r + lane / 4), right = b_address(8 * r + lane / 4);
           const Spot a = a_place(lane, r, e), b = b_place(lane, r & 1, e);
           require(left.row == a.row && 8 * left.column + 2 * (lane % 4) + e == a.column, "A" + at(lane, r));
-          require(right.row == b.column + 8 * (r >> 1) && 8 * right.column + 2 * (lane % 4) + e == b.row, "B" + at(lane, r));
+          require(right.row == b.column + 8 * (r >> 1) && 8 * right.column + 2 * (lane % 4) + e == b.row,
+                  "B" + at(lane, r));
         }
   });
   check("swizzles_permute_and_avoid_bank_conflicts", [] {
@@ -146,7 +148,8 @@ int main() {
     for (int d = 1; d <= 1100; ++d) {
       const int padded = padded_channels(d);
       require(padded >= d && padded % 16 == 0, "too few channels");
-      require(d <= 128 ? (padded & (padded - 1)) == 0 && (padded == 16 || padded < 2 * d) : padded % 64 == 0 && padded < d + 64,
+      require(d <= 128 ? (padded & (padded - 1)) == 0 && (padded == 16 || padded < 2 * d)
+                       : padded % 64 == 0 && padded < d + 64,
               "too many channels");
     }
   });

@@ -1,4 +1,5 @@
-// The instructions of a whole warp for the executor's block, from the tables of the PTX ISA and nothing of csrc/cuda's maps.
+// The instructions of a whole warp for the executor's block, from the tables of the PTX ISA and nothing of csrc/cuda's
+// maps.
 //
 // mma.m16n8k16, fp16 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"), with
 //   groupID = %laneid >> 2,  threadID_in_group = %laneid % 4
@@ -6,8 +7,8 @@
 //                        col = (threadID_in_group * 2) + (i & 0x1)      for ai where i < 4, else that + 8
 //   B, elements b0..b3:  row = (threadID_in_group * 2) + (i & 0x1)      for bi where i < 2, else that + 8;  col = groupID
 //   C, elements c0..c3:  row = groupID for ci where i < 2, else groupID + 8;  col = (threadID_in_group * 2) + (i & 0x1)
-// ldmatrix .x4: threads 0-7, 8-15, 16-23, 24-31 hold the row addresses of matrices 0, 1, 2, 3; thread t receives elements
-// 2 (t % 4) and the next of row t / 4 of each.
+// ldmatrix .x4: threads 0-7, 8-15, 16-23, 24-31 hold the row addresses of matrices 0, 1, 2, 3; thread t receives
+// elements 2 (t % 4) and the next of row t / 4 of each.
 #pragma once
 #include <string.h>
 

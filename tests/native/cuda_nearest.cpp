@@ -63,8 +63,8 @@ int64_t cuda_nearest_workspace(const Problem* problem, int processors) {
 }
 
 // `separate`: the launches of many rows, however few there are. Returns how many, or -1 with a sentence in `complaint`.
-int cuda_nearest(const Problem* problem, const Output* out, int64_t* decided, int processors, int separate, uint32_t seed,
-                 char* workspace, int* splits, char* complaint, int complaint_bytes) {
+int cuda_nearest(const Problem* problem, const Output* out, int64_t* decided, int processors, int separate,
+                 uint32_t seed, char* workspace, int* splits, char* complaint, int complaint_bytes) {
   Call call = {*problem, plan_of(*problem, processors), {}, *out};
   lay_out(*problem, call.plan, workspace, call.operands);
   call.operands.decided = decided;
@@ -136,5 +136,4 @@ int cuda_lookup(const Problem* problem, const Output* out, uint32_t seed, char* 
   }
   return 0;
 }
-
 }

@@ -41,5 +41,4 @@ int cuda_row_gradient(const RowGradient* what, uint32_t seed, char* complaint, i
     return launch_row_gradients(launcher, *what);
   });
 }
-
 }

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kMasked = -1, kPoisoned = -2;  // fates of rows, beside the indices
 
-// One call: z (batch, head, position, channel) in a layout of its own, indices, mask, and what a launcher would hand out.
+// One call: z (batch, head, position, channel) in a layout of its own, indices, mask, and what a launcher would hand
+// out.
 struct Case {
   int64_t batch = 1, heads = 1, positions = 0, channels = 1, codes = 1;
   DType type = DType::f32, code_type = DType::f32, out_type = DType::f32;
@@ -39,9 +40,7 @@ struct Case {
     return {z.data(), type, batch, heads, p, d, p * heads * d, d, heads * d, 1};
   }
   PerRow per_row(const void* data) const { return {data, heads * positions, positions, 1}; }
-  Codes codes_view() const {
-    return {gradient ? codebook.data() : nullptr, code_type, codes * channels, channels, 1};
-  }
+  Codes codes_view() const { return {gradient ? codebook.data() : nullptr, code_type, codes * channels, channels, 1}; }
   int64_t at(int64_t flat, int64_t d) const {
     return offset_of(rows(), place_of(rows(), uint32_t(flat))) + d * rows().channel_stride;
   }
@@ -61,8 +60,7 @@ struct Case {
       const Place place = place_of(rows(), uint32_t(flat));
       const int64_t one = offset_of(per_row(nullptr), place);
       const int what = fate(flat);
-      for (int64_t d = 0; d < channels; ++d)
-        store_double(z.data(), type, at(flat, d), what == kMasked ? NAN : draw());
+      for (int64_t d = 0; d < channels; ++d) store_double(z.data(), type, at(flat, d), what == kMasked ? NAN : draw());
       if (what == kPoisoned) store_double(z.data(), type, at(flat, channels - 1), flat % 2 ? NAN : -INFINITY);
       indices[one] = what == kMasked || what == kPoisoned ? 0 : what;
       if (what == kMasked) mask[one] = 0;
@@ -73,8 +71,17 @@ struct Case {
     fill();
     counts.assign(groups(), -1);
     sums.assign(groups() * channels * size_of(out_type), 0xff);
-    const SegmentSums what = {rows(), per_row(indices.data()), per_row(mask.data()), codes, codes_view(),
-                              gradient ? &grad : nullptr, DType::f64, &elements, counts.data(), sums.data(), out_type};
+    const SegmentSums what = {rows(),
+                              per_row(indices.data()),
+                              per_row(mask.data()),
+                              codes,
+                              codes_view(),
+                              gradient ? &grad : nullptr,
+                              DType::f64,
+                              &elements,
+                              counts.data(),
+                              sums.data(),
+                              out_type};
     const SumWorkspace plan = plan_sums(total(), groups(), channels, 0);
     memory.assign(plan.bytes, 0xff);  // NaN as double
     executor::Launcher launcher{seed};
@@ -123,8 +130,8 @@ struct Case {
     for (int64_t group = 0; group < groups(); ++group) {
       const auto& members = expected[group];
       const std::string name = "code " + std::to_string(group) + " of " + std::to_string(groups());
-      require(counts[group] == int64_t(members.size()), name + " counts " + std::to_string(counts[group]) +
-                                                             " rows instead of " + std::to_string(members.size()));
+      require(counts[group] == int64_t(members.size()),
+              name + " counts " + std::to_string(counts[group]) + " rows instead of " + std::to_string(members.size()));
       for (int64_t d = 0; d < channels; ++d) {
         double plain = 0.0;
         for (int64_t flat : members) plain += term(group, flat, d);
@@ -263,7 +270,8 @@ int main() {
     const Rows far = {nullptr, DType::f32, 4, 2, 300000, 4096, int64_t(1) << 33, int64_t(1) << 31, 4096, 1};
     const Place place = place_of(far, 1200000u + 2 * 300000u + 299999u);
     require(place.head == 1 && place.batch == 2 && place.position == 299999, "a wrong place");
-    require(offset_of(far, place) == (int64_t(1) << 34) + (int64_t(1) << 31) + int64_t(299999) * 4096, "a wrong offset");
+    require(offset_of(far, place) == (int64_t(1) << 34) + (int64_t(1) << 31) + int64_t(299999) * 4096,
+            "a wrong offset");
   });
   return 0;
 }

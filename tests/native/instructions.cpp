@@ -153,8 +153,8 @@ void whole_searches(Random& random, const Level& level) {
   for (const auto& [n, k, d] :
        {std::tuple<int64_t, int64_t, int64_t>{1024, 512, 64}, {2048, 512, 8}, {512, 1024, 256}}) {
     const Floats z = random.normals(n * d), codes = random.normals(k * d);
-    whole_search(std::string("search ") + level.name + " K=" + std::to_string(k) + " D=" + std::to_string(d), z, codes, d,
-                 level.kernels().sweep, true);
+    whole_search(std::string("search ") + level.name + " K=" + std::to_string(k) + " D=" + std::to_string(d), z, codes,
+                 d, level.kernels().sweep, true);
   }
 }
 
@@ -165,7 +165,7 @@ void entropy_sweeps(Random& random, const Level& level, int64_t channels) {
   const int64_t lanes = kernels.lanes, size = 480;
   const Floats panel = random.normals(lanes * channels, 0.1f), items = random.normals(size * channels, 0.1f);
   const Floats bias = random.normals(size), weight = random.normals(size), partition(size, 9.0f), share(size, 1.0f);
-  const Stream<float> stream{items.data(), bias.data(),   weight.data(),        partition.data(),
+  const Stream<float> stream{items.data(), bias.data(),   weight.data(),       partition.data(),
                              share.data(), weight.data(), size / kernels.tile, channels};
   Floats found(2 * lanes), scratch(2 * channels * lanes);
   std::vector<double> sum(lanes), weighted(lanes), gradient(2 * channels * lanes);
@@ -196,8 +196,7 @@ void kernels(const std::vector<Level>& some) {
   count("measure codebook", double(k * d), [&] { PackedCodebook(view, DType::f32, Metric::euclidean, true, sweep); });
   const PackedCodebook packed(view, DType::f32, Metric::euclidean, true, sweep);
   count("pack float32 tiles", double(k * d), [&] { packed.tiles(); });
-  if (sweep.integers != nullptr)
-    count("pack int16", double(k * d), [&] { IntegerCodebook(packed, 16.0, serially); });
+  if (sweep.integers != nullptr) count("pack int16", double(k * d), [&] { IntegerCodebook(packed, 16.0, serially); });
   fused_tail(random);
   for (const Level& level : some)
     for (int64_t channels : {8, 32, 256}) entropy_sweeps(random, level, channels);
@@ -260,7 +259,8 @@ void hostile(const Sweep& sweep) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::vector<Level> some(levels().begin(), levels().begin() + std::min<size_t>(2, levels().size()));  // no AVX-512:
+  const std::vector<Level> some(levels().begin(),
+                                levels().begin() + std::min<size_t>(2, levels().size()));  // no AVX-512:
   // valgrind does not know it
   if (argc == 2 && strcmp(argv[1], "kernels") == 0) kernels(some);
   else if (argc == 2 && strcmp(argv[1], "hostile") == 0) hostile(some.back().kernels().sweep);

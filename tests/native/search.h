@@ -31,8 +31,8 @@ inline void serially(int64_t count, const std::function<void(int64_t, int64_t)>&
 inline int64_t search(const Query& q, int64_t* index, bool* finite, int64_t step = kChunk) {
   const DefaultArithmetic arithmetic;
   const PackedCodebook packed(q.codes, q.rows.dtype, q.metric, q.certified, *q.sweep);
-  const IntegerCodebook integers(packed, q.integers ? integer_row_norm(q.rows, packed, q.mask, q.certified) : double(NAN),
-                                 serially);
+  const IntegerCodebook integers(
+      packed, q.integers ? integer_row_norm(q.rows, packed, q.mask, q.certified) : double(NAN), serially);
   NearestSearch run(q.rows, packed, integers, q.certified);
   int64_t decided = 0;
   for (int64_t begin = 0; begin < q.rows.count(); begin += step)
