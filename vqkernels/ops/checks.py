@@ -154,7 +154,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_options(options: QuantizeOptions | SearchOptions, gradient: str = GRADIENTS[0]) -> None:
-    """The choices among names; `check_rows` looks at the axis of channels."""
+    """The choices among names; `check_rows` looks at the axis of channels. One call where all are right."""
+    if options.metric in METRICS and gradient in GRADIENTS and options.precision in PRECISIONS:
+        return
     check_choice("metric", options.metric, METRICS)
     check_choice("gradient", gradient, GRADIENTS)
     check_choice("precision", options.precision, PRECISIONS)

@@ -7,6 +7,8 @@ products with the embedding, one for each tap, are made for each code, looked up
 the gates again from what stands before them. What each pass computes stands in vqkernels/backends/pixelcnn_layer.py.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -111,54 +113,98 @@ taps_backward = Operation(
 )
 
 
-class _GatedLayer(torch.autograd.Function):
-    """A layer after the first. Saves its inputs, and both stacks' features before their gates."""
+class _Inputs(NamedTuple):
+    """The tensors of `gated_layer`, or one thing about each of them. The first layer has those from `above` on."""
+
+    tiles: Any
+    pairs: Any
+    features: Any
+    weight: Any
+    beside: Any
+    above: Any  # of the first layer, with `left`: what its convolutions make
+    left: Any
+    shift_v: Any
+    shift_h: Any
+    across: Any
+    output: Any
+    bias: Any
+    scale: Any
+
+
+class _Kept(NamedTuple):
+    """What the backward pass reads: inputs, the filters' factors, and both stacks' features before their gates."""
+
+    tiles: Any  # None of the first layer, like the three that follow
+    pairs: Any
+    factors: Any
+    beside: Any
+    above: Tensor
+    left: Tensor
+    shift_v: Tensor
+    shift_h: Tensor
+    across: Tensor
+    output: Tensor
+    scale: Tensor | None
+
+
+class _Layer(torch.autograd.Function):
+    """A layer: `*_Inputs`, of which the first layer has no `tiles` and every other one no `above`; grid, last, backend.
+
+    Saves its inputs, and both stacks' features before their gates.
+    """
 
     @staticmethod
-    def forward(
-        ctx, tiles, pairs, features, shift_v, shift_h, weight, across, beside, output, bias, scale, grid, last, backend
-    ):
-        factors = filters(backend, weight)
-        above, next_tiles = vertical(backend, torch.bmm(tiles, factors.mT), shift_v, grid, True, last)
-        left = torch.mm(above, across).addmm_(pairs, beside)
-        update = torch.mm(gate(backend, left, shift_h, scale, grid), output)
-        kept = (tiles, pairs, shift_v, shift_h, factors, across, beside, output, scale, above, left)
+    def forward(ctx, *arguments):
+        x, (grid, last, backend) = _Inputs(*arguments[:-3]), arguments[-3:]
+        if x.tiles is None:
+            factors, products = None, x.above
+        else:
+            factors = filters(backend, x.weight)
+            products = torch.bmm(x.tiles, factors.mT)
+        transformed, next_tiles = vertical(backend, products, x.shift_v, grid, factors is not None, last)
+        if x.tiles is None:
+            above, left = x.above, torch.addmm(x.left, x.above, x.across)
+        else:
+            above, left = transformed, torch.mm(transformed, x.across).addmm_(x.pairs, x.beside)
+        update = torch.mm(gate(backend, left, x.shift_h, x.scale, grid), x.output)
+        shifts = (x.shift_v, x.shift_h)
+        kept = _Kept(x.tiles, x.pairs, factors, x.beside, above, left, *shifts, x.across, x.output, x.scale)
         ctx.save_for_backward(*kept)
         ctx.arguments = grid, backend
-        return next_tiles, *join(backend, update, bias, features, grid, last)
+        return next_tiles, *join(backend, update, x.bias, x.features, grid, last)
 
     @staticmethod
-    def backward(ctx, grad_tiles, grad_pairs, grad_features):
-        grads = _GatedLayerBackward.apply(
-            grad_tiles, grad_pairs, grad_features, *ctx.saved_tensors, *ctx.arguments, ctx.needs_input_grad
-        )
-        return *grads, *(4 * [None])
+    def backward(ctx, *grads):
+        needed = _Inputs(*ctx.needs_input_grad[:-3])
+        return *_LayerBackward.apply(*grads, *ctx.saved_tensors, *ctx.arguments, needed), None, None, None
 
 
-class _GatedLayerBackward(torch.autograd.Function):
-    """The gradient as a Function of its own, so that asking for a second derivative is an error, not a wrong zero."""
+class _LayerBackward(torch.autograd.Function):
+    """The gradient as a Function, so that asking for a second derivative is an error, not a wrong zero."""
 
     @staticmethod
-    def forward(
-        ctx, grad_tiles, grad_pairs, grad_features, tiles, pairs, shift_v, shift_h, factors, across, beside, output,
-        scale, above, left, grid, backend, needed,
-    ):  # fmt: skip
+    def forward(ctx, grad_tiles, grad_pairs, grad_features, *rest):
+        kept, (grid, backend, needed) = _Kept(*rest[:-3]), rest[-3:]
         grad = join_backward(backend, grad_pairs.contiguous(), grad_features.contiguous(), grid)
-        grad_left, grad_shift_h, gated = gate_backward(backend, grad @ output.t(), left, shift_h, scale, grid)
-        grad_products, grad_shift_v = vertical_backward(
-            backend, grad_left @ across.t(), grad_tiles.contiguous(), above, shift_v, grid, True
-        )
-        return (
-            torch.bmm(grad_products, factors) if needed[0] else None,
-            grad_left @ beside.t() if needed[1] else None,
-            grad if needed[2] else None,
-            grad_shift_v if needed[3] else None,
-            grad_shift_h if needed[4] else None,
-            filters_backward(backend, torch.bmm(grad_products.mT, tiles)) if needed[5] else None,
-            above.t() @ grad_left if needed[6] else None,
-            pairs.t() @ grad_left if needed[7] else None,
-            gated.t() @ grad if needed[8] else None,
-            grad.sum(0) if needed[9] else None,
+        grad_gated = grad @ kept.output.t()
+        grad_left, grad_shift_h, gated = gate_backward(backend, grad_gated, kept.left, kept.shift_h, kept.scale, grid)
+        grad_above = grad_left @ kept.across.t()
+        operands = (grad_tiles.contiguous(), kept.above, kept.shift_v, grid, kept.factors is not None)
+        grad_products, grad_shift_v = vertical_backward(backend, grad_above, *operands)
+        return _Inputs(
+            tiles=torch.bmm(grad_products, kept.factors) if needed.tiles else None,
+            pairs=grad_left @ kept.beside.t() if needed.pairs else None,
+            features=grad if needed.features else None,
+            weight=filters_backward(backend, torch.bmm(grad_products.mT, kept.tiles)) if needed.weight else None,
+            beside=kept.pairs.t() @ grad_left if needed.beside else None,
+            above=grad_products if needed.above else None,
+            left=grad_left if needed.left else None,
+            shift_v=grad_shift_v if needed.shift_v else None,
+            shift_h=grad_shift_h if needed.shift_h else None,
+            across=kept.above.t() @ grad_left if needed.across else None,
+            output=gated.t() @ grad if needed.output else None,
+            bias=grad.sum(0) if needed.bias else None,
+            scale=None,
         )
 
     @staticmethod
@@ -167,52 +213,6 @@ class _GatedLayerBackward(torch.autograd.Function):
 
 
 _TWICE = "vqkernels does not support double backward: a PixelCNN is differentiable only once"
-
-
-class _StartLayer(torch.autograd.Function):
-    """The first layer behind its convolutions."""
-
-    @staticmethod
-    def forward(ctx, above, beside, shift_v, shift_h, across, output, bias, scale, grid, last, backend):
-        _, next_tiles = vertical(backend, above, shift_v, grid, False, last)
-        left = torch.addmm(beside, above, across)
-        update = torch.mm(gate(backend, left, shift_h, scale, grid), output)
-        ctx.save_for_backward(above, shift_v, shift_h, across, output, scale, left)
-        ctx.arguments = grid, backend
-        return next_tiles, *join(backend, update, bias, None, grid, last)
-
-    @staticmethod
-    def backward(ctx, grad_tiles, grad_pairs, grad_features):
-        grads = _StartLayerBackward.apply(
-            grad_tiles, grad_pairs, grad_features, *ctx.saved_tensors, *ctx.arguments, ctx.needs_input_grad
-        )
-        return *grads, *(4 * [None])
-
-
-class _StartLayerBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, grad_tiles, grad_pairs, grad_features, above, shift_v, shift_h, across, output, scale, left, grid, backend,
-        needed,
-    ):  # fmt: skip
-        grad = join_backward(backend, grad_pairs.contiguous(), grad_features.contiguous(), grid)
-        grad_left, grad_shift_h, gated = gate_backward(backend, grad @ output.t(), left, shift_h, scale, grid)
-        grad_above, grad_shift_v = vertical_backward(
-            backend, grad_left @ across.t(), grad_tiles.contiguous(), above, shift_v, grid, False
-        )
-        return (
-            grad_above if needed[0] else None,
-            grad_left if needed[1] else None,
-            grad_shift_v if needed[2] else None,
-            grad_shift_h if needed[3] else None,
-            above.t() @ grad_left if needed[4] else None,
-            gated.t() @ grad if needed[5] else None,
-            grad.sum(0) if needed[6] else None,
-        )
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(_TWICE)
 
 
 class _Taps(torch.autograd.Function):
@@ -269,7 +269,8 @@ def start_layer(
         above, beside: (B H W, 2C), what the vertical and the horizontal convolution make, without a bias.
         shifts, across, output, bias, scale, grid, last, backend: as in `gated_layer`.
     """
-    return _StartLayer.apply(above, beside, *shifts, across, output, bias, scale, list(grid), last, backend)
+    inputs = _Inputs(None, None, None, None, None, above, beside, *shifts, across, output, bias, scale)
+    return _Layer.apply(*inputs, list(grid), last, backend)
 
 
 def gated_layer(
@@ -307,6 +308,5 @@ def gated_layer(
     Raises:
         RuntimeError: where a second derivative is asked for.
     """
-    return _GatedLayer.apply(
-        tiles, pairs, features, *shifts, weight, across, beside, output, bias, scale, list(grid), last, backend
-    )
+    inputs = _Inputs(tiles, pairs, features, weight, beside, None, None, *shifts, across, output, bias, scale)
+    return _Layer.apply(*inputs, list(grid), last, backend)
