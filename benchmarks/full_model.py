@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.goals import state
 from benchmarks.usual_model import (
     Step,
     check_losses,
@@ -205,10 +206,8 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         if goal is None:
             lines.append(f"- {what}, {name}: {value:.2f}x (told whatever it is)")
             continue
-        state = "goal met" if value >= goal else "goal missed" if floor is None else (
-            "floor met, goal missed" if value >= floor else "floor missed"
-        )  # fmt: skip
-        lines.append(f"- {what}, {name}: {value:.2f}x (goal {goal}{f', floor {floor}' if floor else ''}): {state}")
+        wanted = f"goal {goal}{f', floor {floor}' if floor else ''}"
+        lines.append(f"- {what}, {name}: {value:.2f}x ({wanted}): {state(value, goal, floor)}")
     return lines
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.goals import state
 from benchmarks.standard_pixelcnn import MaskedPixelCNN, StandardPixelCNN
 from vqkernels.bench import machine
 from vqkernels.models import PixelCNN
@@ -186,8 +187,7 @@ def verdicts(cells: list[dict], steps: list[dict]) -> list[str]:
 
 
 def _verdict(what: str, value: float, goal: float, floor: float) -> str:
-    state = "goal met" if value >= goal else "floor met, goal missed" if value >= floor else "floor missed"
-    return f"- {what}: {value:.3g} (goal {goal}, floor {floor}): {state}"
+    return f"- {what}: {value:.3g} (goal {goal}, floor {floor}): {state(value, goal, floor)}"
 
 
 def draw(path: Path, cells: list[dict]) -> None:

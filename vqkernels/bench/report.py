@@ -8,7 +8,6 @@ from pathlib import Path
 
 from .cases import Case
 from .run import Result
-from .targets import targets
 
 TITLES = {
     "search": "Search: the index of the nearest code of every row",
@@ -31,7 +30,6 @@ _SUMMARY = (
     "where we lose",
 )
 _SHORT = ("", "shape", "ours, ms", "best peer, ms", "ratio", "of torch.mm", "where we lose")
-_TARGETS = ("target, on 2 cores", "goal", "measured", "")
 _MEANS = ("time / ours over all shapes", "geometric mean", "lowest", "shapes")
 _DETAILS = ("contender", "ms [quartiles]", "rounds", "time / ours", "GFLOP/s", "MB", "wrong / checked", "computes")
 
@@ -90,17 +88,20 @@ def text(results: list[Result], facts: dict[str, str]) -> str:
         "",
     ]
     lines += ["## In short", "", short(results, facts), ""]
-    rows = [[x.what, x.goal, x.figure, x.state] for x in targets(by_case(results))]
-    lines += ["## Targets", "", *_table(_TARGETS, rows), ""]
     for kind, title in TITLES.items():
         groups = [(case, group) for case, group in by_case(results) if case.kind == kind]
         if not groups:
             continue
-        lines += [f"## {title}", "", *_table(_SUMMARY, [_summary(case, group) for case, group in groups]), ""]
-        lines += [*_table(_MEANS, _means([group for _, group in groups])), ""]
+        lines += [f"## {title}", "", *markdown(_SUMMARY, [_summary(case, group) for case, group in groups]), ""]
+        lines += [*markdown(_MEANS, _means([group for _, group in groups])), ""]
     lines += ["## Every contender", ""]
     for case, group in by_case(results):
-        lines += [f"### {case.kind}, {case.label}", "", *_table(_DETAILS, [_detail(x, ours(group)) for x in group]), ""]
+        lines += [
+            f"### {case.kind}, {case.label}",
+            "",
+            *markdown(_DETAILS, [_detail(x, ours(group)) for x in group]),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -114,7 +115,7 @@ def short(results: list[Result], facts: dict[str, str]) -> str:
         theirs = f"{peer.contender}, {_middle(peer)}" if peer else "-"
         rows.append([case.kind, case.label, _middle(mine), theirs, *quotients, "; ".join(losses(group)) or "nowhere"])
     machine = f"{facts['processor']}, {facts['threads']} threads, {facts['SIMD level']}, torch {facts['torch']}"
-    return "\n".join([f"{machine}, commit {facts['commit']}; medians.", "", *_table(_SHORT, rows)])
+    return "\n".join([f"{machine}, commit {facts['commit']}; medians.", "", *markdown(_SHORT, rows)])
 
 
 def _middle(result: Result | None) -> str:
@@ -176,7 +177,8 @@ def _detail(result: Result, mine: Result | None) -> list[str]:
     ]
 
 
-def _table(head: Iterable[str], rows: list[list[str]]) -> list[str]:
+def markdown(head: Iterable[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table."""
     cells = [list(head), *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in cells]
