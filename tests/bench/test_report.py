@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from pages import ROOT, shown
 
 from vqkernels.bench import entropies, report, run
 from vqkernels.bench.cases import Case
@@ -127,7 +127,4 @@ def test_the_table_goes_between_the_marks(tmp_path, capsys):
 
 def test_the_page_shows_a_committed_run():
     """What stands between a page's marks is copied from the committed report, by `--readme`."""
-    root = Path(__file__).parents[2]
-    (page,) = [x for x in (root / "README.md", *root.glob("docs/*.md")) if f"\n{_MARKS[0]}\n" in x.read_text()]
-    shown = page.read_text().partition(_MARKS[0])[2].partition(_MARKS[1])[0].strip()
-    assert shown and shown in (root / "benchmarks" / "results" / "cpu.md").read_text()
+    assert shown(_MARKS) in (ROOT / "benchmarks" / "results" / "cpu.md").read_text()

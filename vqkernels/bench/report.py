@@ -133,10 +133,10 @@ def _summary(case: Case, group: list[Result]) -> list[str]:
     to_best, to_product = ratio(peer, mine), ratio(product, mine)
     return [
         case.label,
-        _milliseconds(mine),
+        str(mine.timing),
         _rate(mine, with_peak=True),
         "-" if mine.decided is None else f"{mine.decided:.2%}",
-        f"{peer.contender}, {_milliseconds(peer)}" if peer else "-",
+        f"{peer.contender}, {peer.timing}" if peer else "-",
         f"{to_best:.2f}x" if to_best else "-",
         f"{to_product:.2f}x" if to_product else "-",
         f"{_megabytes(mine)} / {_megabytes(peer)}",
@@ -167,7 +167,7 @@ def _detail(result: Result, mine: Result | None) -> list[str]:
     quotient = ratio(result, mine)
     return [
         result.contender,
-        _milliseconds(result),
+        str(result.timing),
         str(result.timing.rounds),
         f"{quotient:.2f}" if quotient else "-",
         _rate(result),
@@ -177,19 +177,29 @@ def _detail(result: Result, mine: Result | None) -> list[str]:
     ]
 
 
-def markdown(head: Iterable[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table."""
+def markdown(head: Iterable[str], rows: Iterable[list[str]], *, padded: bool = True) -> list[str]:
+    """The lines of a table; padded, its columns are aligned in the source too."""
     cells = [list(head), *rows]
+    if not padded:
+        first = "|" + "|".join(f" {x} " if x else " " for x in cells[0]) + "|"
+        return [first, "|" + "---|" * len(cells[0]), *("| " + " | ".join(row) + " |" for row in cells[1:])]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
-def _milliseconds(result: Result) -> str:
-    assert result.timing is not None
-    low, middle, high = (1e3 * x for x in (result.timing.low, result.timing.median, result.timing.high))
-    digits = 1 if middle >= 10 else 3
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def put(path: Path, marks: tuple[str, str], text: str | None = None) -> None:
+    """Puts `text` between the marks of a file; without a text, only sees that the marks are there.
+
+    Raises:
+        ValueError: they are not.
+    """
+    before, mark, rest = (path.read_text() if path.is_file() else "").partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (mark and end):
+        raise ValueError(f"{path} has no line '{marks[0]}' followed by a line '{marks[1]}'")
+    if text is not None:
+        path.write_text(f"{before}{mark}\n{text.rstrip()}\n{end}{after}")
 
 
 def _rate(result: Result, *, with_peak: bool = False) -> str:

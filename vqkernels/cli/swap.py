@@ -1,4 +1,4 @@
-"""`vqkernels swap`: what `swap_quantizers` would do to somebody's model, whether results stay, and what it gains.
+"""`vqkernels swap`: what `swap_quantizers` would do to a user's model, whether results stay, and what it gains.
 
 The model is built once and copied; the quantizers of the copy are swapped. Both get the same inputs and random numbers:
 their outputs, losses and gradients are compared, then whole steps of both are timed in turn. Peak memory of a step is
@@ -11,23 +11,16 @@ from collections.abc import Sequence
 
 import torch
 
-from vqkernels.bench import swapped_memory
-from vqkernels.bench.model import WORTH_IT
-from vqkernels.bench.subject import ModelError, load
-from vqkernels.bench.swapped import Pair
-from vqkernels.bench.timing import Timing
+from vqkernels.bench import model_memory
+from vqkernels.bench.model_pair import WORTH_IT, ModelPair
+from vqkernels.bench.user_model import FACTORY_HELP, ModelError, load
 
 _DESCRIPTION = """
 Builds your model, swaps the quantizers of a copy, and reports what is swapped, whether the results stay the same, and
 how much faster a step is, and what memory it takes. Your files stay as they are: the swap is one line of your code,
   vqkernels.swap_quantizers(model)
 """
-_HELP = """
-PACKAGE.MODULE:FACTORY is imported from here or from what is installed. FACTORY() returns the model, or (model, inputs),
-or (model, inputs, loss):
-  inputs  a tensor, or a tuple of the arguments of one forward pass; where missing, model.example_inputs() gives them
-  loss    a function from what the model returns to a 0-d tensor; where missing, model.example_loss(output), and where
-          that is missing too, the sum of the mean squares of all floating tensors that the model returns
+_HELP = f"""{FACTORY_HELP.rstrip()}
 A step is forward, loss, backward and Adam; of a model that returns nothing with a gradient, forward in eval mode.
 """
 
@@ -59,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     least, most = (2, 2) if options.quick else (5, 25)
     try:
-        pair = Pair(load(options.model), lambda: load(options.model))
+        pair = ModelPair(load(options.model), lambda: load(options.model))
         print("\n".join(_without_holder(str(entry)) for entry in pair.report), flush=True)
         if not pair.report.swapped:
             raise ModelError("no quantizer was swapped")
@@ -70,14 +63,14 @@ def run(arguments: Sequence[str]) -> int:
         print(f"vqkernels swap: {error}", file=sys.stderr)
         return 2
     kind = "step" if pair.trains else "forward"
-    peaks = swapped_memory.measure(options.model, options.threads)
-    print(f"{kind:<10} {_ms(theirs)} ms before, {_ms(ours)} ms after; medians [quartiles] of {ours.rounds} rounds")
+    peaks = model_memory.measure(options.model, options.threads)
+    print(f"{kind:<10} {theirs} ms before, {ours} ms after; medians [quartiles] of {ours.rounds} rounds")
     print(f"{'memory':<10} {_memory(peaks, kind)}")
     print(f"{'verdict':<10} {verdict(theirs.median / ours.median)}")
     return 0
 
 
-def _memory(peaks: swapped_memory.Peaks | None, kind: str) -> str:
+def _memory(peaks: model_memory.Peaks | None, kind: str) -> str:
     if peaks is None:
         return "not measured: it takes Linux, and a model that is made again in another process"
     whole, alone = (f"{before:.0f} MB before, {after:.0f} MB after" for before, after in (peaks.step, peaks.quantizers))
@@ -86,9 +79,3 @@ def _memory(peaks: swapped_memory.Peaks | None, kind: str) -> str:
 
 def _without_holder(line: str) -> str:
     return line.removeprefix("0.") if line.startswith("0.") else f"the model{line.removeprefix('0')}"
-
-
-def _ms(timing: Timing) -> str:
-    low, middle, high = (1e3 * x for x in (timing.low, timing.median, timing.high))
-    digits = 1 if middle >= 10 else 3
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..reference import METRICS as METRICS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-METRICS = ("euclidean", "dot", "cosine")
 GRADIENTS = ("straight_through", "rotation")
 PRECISIONS = ("exact", "fast")
 

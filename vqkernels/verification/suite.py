@@ -25,12 +25,12 @@ from ..ops.nearest import nearest_code
 from ..ops.quantize import quantize_with_statistics, vector_quantize
 from ..ops.sample import sample_code
 from ..ops.statistics import codebook_statistics
+from ..reference import METRICS
 from . import entropy, residual
 from .adversaries import ADVERSARIES
 from .layouts import LAYOUTS, flat, flat_rows
 from .place import REGIMES, Case, Place, close
 
-METRICS = ("euclidean", "dot", "cosine")
 TYPES = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),

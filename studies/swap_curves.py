@@ -1,6 +1,6 @@
 """The same training with a peer's quantizer and with it swapped: two curves that should be one.
 
-    python -m benchmarks.swap_curves IMAGES --out benchmarks/results/swap_curves.json --plot docs/swap_curves.png
+    python -m studies.swap_curves IMAGES --out studies/results/swap_curves.json --plot docs/swap_curves.png
 
 IMAGES is a folder of images, as `vqkernels train` reads it. The paper's VQ-VAE is trained with lucidrains' layer
 (moving averages and rotation trick, its defaults) and with that of diffusers (codes trained by gradient), then again

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 def swap_curves():
     for package in ("tqdm", "PIL.Image", "vector_quantize_pytorch", "diffusers"):
         pytest.importorskip(package)
-    from benchmarks import swap_curves
+    from studies import swap_curves
 
     return swap_curves
 
@@ -45,7 +45,7 @@ def test_a_difference_is_seen(swap_curves):
 
 def test_the_committed_curves_coincide_and_end_together(swap_curves):
     """Within two percent, or no farther than twice the distance of the peer from itself, one weight moved by an ulp."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "swap_curves.json").read_text())
+    result = json.loads((ROOT / "studies" / "results" / "swap_curves.json").read_text())
     assert [x["name"] for x in result["peers"]] == list(swap_curves.PEERS) and result["steps"] == 200
     for x in result["peers"]:
         assert len(x["theirs"]) == len(x["ours"]) == len(x["moved"]) == 200

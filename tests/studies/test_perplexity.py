@@ -19,10 +19,11 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_runs_resumes_and_draws(images, tmp_path, monkeypatch, capsys):
     pytest.importorskip("vector_quantize_pytorch")
     pytest.importorskip("matplotlib")
-    from benchmarks import perplexity
+    from studies import perplexity
 
     monkeypatch.setattr(perplexity, "BATCH", 8)
     common = [str(images), "--steps", "4", "--codebook-size", "16", "--every", "2"]
@@ -55,7 +56,7 @@ def test_runs_resumes_and_draws(images, tmp_path, monkeypatch, capsys):
 def test_contenders_start_from_the_same_model():
     pytest.importorskip("vector_quantize_pytorch")
     pytest.importorskip("tqdm")
-    from benchmarks import perplexity
+    from studies import perplexity
 
     models = [perplexity.build(name, 16, 0) for name in perplexity.CONTENDERS]
     for other in models[1:]:

@@ -1,8 +1,8 @@
 """How good the class-conditional prior is: samples judged by a classifier of real images, and bits per held-out code.
 
-    python -m benchmarks.prior_quality --data digits --out benchmarks/results/prior_quality.json
-    python -m benchmarks.prior_quality --data mnist IMAGES --out benchmarks/results/prior_quality.json
-    python -m benchmarks.prior_quality --data cifar IMAGES --out benchmarks/results/prior_quality.json
+    python -m studies.prior_quality --data digits --out studies/results/prior_quality.json
+    python -m studies.prior_quality --data mnist IMAGES --out studies/results/prior_quality.json
+    python -m studies.prior_quality --data cifar IMAGES --out studies/results/prior_quality.json
 
 IMAGES is a folder as `vqkernels train` reads it. The VQ-VAE and then the prior are trained as `vqkernels train` does,
 in the run directory --run; a finished run there is measured again, an interrupted one goes on.
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not trained.finished or trained.prior is None:
         raise SystemExit(1)
     record: dict = {
-        "command": f"python -m benchmarks.prior_quality --data {options.data}"
+        "command": f"python -m studies.prior_quality --data {options.data}"
         + ("" if options.images is None else " IMAGES")
         + f" --samples-per-class {options.samples_per_class} --seed {options.seed} --threads {options.threads}",
         "machine": machine.facts(options.threads),

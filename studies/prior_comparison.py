@@ -1,6 +1,6 @@
 """Which prior models codes better: the PixelCNN or the causal transformer, at equal parameters, seeds and wall-clock.
 
-    python -m benchmarks.prior_comparison --threads 1 --out benchmarks/results/prior_comparison.json
+    python -m studies.prior_comparison --threads 1 --out studies/results/prior_comparison.json
 
 One VQ-VAE of the scanned digits (or of `--data FOLDER`) gives the codes. For every seed both priors are trained for the
 same number of seconds on the same batches, with the same optimizer and a learning rate that falls to 0 over those
@@ -21,6 +21,7 @@ import math
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqkernels.bench import machine
+from vqkernels.bench.report import markdown
+from vqkernels.bench.timing import take_turns
 from vqkernels.models import PixelCNN, Prior, TransformerPrior
 from vqkernels.training.batches import Batches
 from vqkernels.training.config import RunConfig, VQVAEConfig
@@ -132,7 +135,7 @@ def held_out_bits(model: Prior, codes: Codes, part: str) -> float:
     return float(torch.cat(bits).double().mean())
 
 
-class Contender:
+class PriorTraining:
     """A prior in training.
 
     Args:
@@ -197,13 +200,10 @@ class Contender:
 def sampling_seconds(models: dict[str, Prior], codes: Codes, batch: int, rounds: int) -> dict[str, float]:
     """Median seconds of drawing a batch of grids."""
     labels = None if codes.num_classes is None else torch.arange(batch) % codes.num_classes
-    samples: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):  # the first one warms up
-        for name, model in models.items():
-            began = time.perf_counter()
-            model.sample((batch, *codes.grid), labels=labels)
-            if turn:
-                samples[name].append(time.perf_counter() - began)
+    functions = {name: partial(model.sample, (batch, *codes.grid), labels=labels) for name, model in models.items()}
+    for function in functions.values():
+        function()  # warms up
+    samples = take_turns(functions, dict.fromkeys(functions, rounds))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
@@ -214,7 +214,7 @@ def compare(codes: Codes, options: argparse.Namespace) -> dict:
     models: dict[str, Prior] = {}
     for seed in range(options.seeds):
         contenders = [
-            Contender(name, codes, options, sizes[name], dropout, seed)
+            PriorTraining(name, codes, options, sizes[name], dropout, seed)
             for dropout in options.dropouts
             for name in NAMES
         ]
@@ -256,20 +256,10 @@ def table(result: dict) -> str:
     first, second = ([record["test_bits"] for record in seeds[name]] for name in NAMES)
     apart = statistics.mean(second) - statistics.mean(first)
     fewer = sum(b < a for a, b in zip(first, second, strict=True))
-    lines = [
-        f"{facts['processor']}, threads: {facts['threads']}, torch {facts['torch']}, commit {facts['commit']}. "
-        f"Codes of {used['data']}, {result['grid'][0]}×{result['grid'][1]} of K = {result['codes']}: "
-        f"{', '.join(f'{count} {name}' for name, count in result['images'].items())} images. "
-        f"Seeds: {used['seeds']}; {used['seconds']:g} s of training for each prior, seed and dropout, batch "
-        f"{used['batch']}, Adam at {used['learning_rate']:g} falling to 0; dropout chosen by the validation images: "
-        f"{', '.join(f'{dropout:g}' for dropout in used['dropouts'])}. Mean (range over the seeds).",
-        "",
-        "| | PixelCNN | transformer |",
-        "|---|---|---|",
-    ]
+    rows = []
 
     def row(what: str, cells: list[str]) -> None:
-        lines.append(f"| {what} | {' | '.join(cells)} |")
+        rows.append([what, *cells])
 
     row("parameters", [f"{result['parameters'][name]:,}" for name in NAMES])
     row("layers × channels", [f"{s['num_layers']} × {s['hidden_channels']}" for s in map(result["sizes"].get, NAMES)])
@@ -285,7 +275,15 @@ def table(result: dict) -> str:
         row(what, [span([record[key] for record in seeds[name]], digits) for name in NAMES])
     for batch, drawn in result["sampling_seconds"].items():
         row(f"ms to draw {batch} grid{'' if batch == '1' else 's'}", [f"{drawn[name] * 1e3:.1f}" for name in NAMES])
-    lines += [
+    lines = [
+        f"{facts['processor']}, threads: {facts['threads']}, torch {facts['torch']}, commit {facts['commit']}. "
+        f"Codes of {used['data']}, {result['grid'][0]}×{result['grid'][1]} of K = {result['codes']}: "
+        f"{', '.join(f'{count} {name}' for name, count in result['images'].items())} images. "
+        f"Seeds: {used['seeds']}; {used['seconds']:g} s of training for each prior, seed and dropout, batch "
+        f"{used['batch']}, Adam at {used['learning_rate']:g} falling to 0; dropout chosen by the validation images: "
+        f"{', '.join(f'{dropout:g}' for dropout in used['dropouts'])}. Mean (range over the seeds).",
+        "",
+        *markdown(("", "PixelCNN", "transformer"), rows, padded=False),
         "",
         f"The transformer's bits per code less the PixelCNN's: {apart:+.3f}; fewer on {fewer} of {len(first)} seeds. "
         f"Codes drawn independently, by their frequency, need {result['independent_bits']:.3f}.",

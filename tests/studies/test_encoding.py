@@ -3,20 +3,14 @@
 import json
 
 import pytest
-import torch
 
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 
 
 @pytest.fixture
 def encoding():
     pytest.importorskip("tyro")
-    from benchmarks import encoding
+    from studies import encoding
 
     return encoding
 

@@ -1,6 +1,6 @@
 """Whole models of other libraries before and after `swap_quantizers`: results, time, memory.
 
-    python -m benchmarks.swapped_models --out benchmarks/results/swap.json --readme README.md
+    python -m studies.swapped_models --out studies/results/swap.json --readme README.md
 
 Every factory below makes a model as its library does, with random weights, and what a step of it takes. Each is
 measured as `vqkernels swap` does, plus its quantizers alone on the rows that reach them in a step. The table shows what
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqkernels.bench import machine, swapped_memory
-from vqkernels.bench.subject import load
-from vqkernels.bench.swapped import Pair
+from vqkernels.bench import machine, model_memory
+from vqkernels.bench.model_pair import ModelPair
+from vqkernels.bench.report import markdown, put
 from vqkernels.bench.timing import Timing, interleave
+from vqkernels.bench.user_model import load
 from vqkernels.models import VQVAE
 
 MARKS = ("<!-- swapped models -->", "<!-- end of swapped models -->")
@@ -126,16 +127,16 @@ MODELS: dict[str, tuple[str, str, int]] = {
 
 def measure(name: str, threads: int, seconds: float, least: int, most: int) -> dict[str, Any]:
     """The record of one model."""
-    spec = f"benchmarks.swapped_models:{name}"
+    spec = f"studies.swapped_models:{name}"
     torch.manual_seed(0)
-    pair = Pair(load(spec), lambda: load(spec))
+    pair = ModelPair(load(spec), lambda: load(spec))
     compared, calls = pair.compare(), pair.calls()
     differing, indices = pair.differing(calls)
-    holders = {"before": pair.theirs, "after": pair.ours}
+    holders = {"before": pair.original, "after": pair.swapped}
     steps = {key: pair.step(holder) for key, holder in holders.items()}
     whole, _ = interleave(steps, threads, 0.6 * seconds, least, most)
     alone, _ = interleave({k: pair.alone(h, calls) for k, h in holders.items()}, threads, 0.4 * seconds, least, most)
-    peaks = swapped_memory.measure(spec, threads)
+    peaks = model_memory.measure(spec, threads)
     title, layer, size = MODELS[name]
     return {
         "name": name,
@@ -198,7 +199,7 @@ def losses(record: dict[str, Any]) -> list[str]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: one line per model, losing cells included, and where the figures come from."""
-    rows = [list(_HEAD)]
+    rows = []
     for x in result["models"]:
         times = []
         for what in ("quantizer_ms", "whole_ms"):
@@ -219,24 +220,13 @@ def table(result: dict[str, Any]) -> str:
         )
     facts = result["facts"]
     machine_line = f"{facts['processor']}, {facts['threads']} threads, {facts['SIMD level']}, torch {facts['torch']}"
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(_HEAD))
     versions = ", ".join(f"{key} {facts[key]}" for key in ("vector-quantize-pytorch", "diffusers", "transformers"))
-    return "\n".join([f"{machine_line}, {versions}, commit {facts['commit']}; medians, before → after.", "", *lines])
+    source = f"{machine_line}, {versions}, commit {facts['commit']}; medians, before → after."
+    return "\n".join([source, "", *markdown(_HEAD, rows, padded=False)])
 
 
 def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def put(path: Path, text: str | None = None) -> None:
-    """Puts `text` between the marks of a file; without a text, only sees that the marks are there."""
-    before, mark, rest = path.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (mark and end):
-        raise ValueError(f"{path} has no line '{MARKS[0]}' followed by a line '{MARKS[1]}'")
-    if text is not None:
-        path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -249,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two rounds: whether it runs, not how fast")
     options = parser.parse_args(arguments)
     if options.readme is not None:
-        put(options.readme)
+        put(options.readme, MARKS)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's older weight norm
     least, most = (2, 2) if options.quick else (5, 25)
@@ -265,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     if options.readme is not None:
-        put(options.readme, table(result))
+        put(options.readme, MARKS, table(result))
 
 
 if __name__ == "__main__":

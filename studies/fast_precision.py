@@ -1,7 +1,7 @@
 """How often `precision="fast"` names another code than the contract does, simulated on the CPU.
 
-    TRITON_INTERPRET=1 python -m benchmarks.fast_precision            print the table
-    TRITON_INTERPRET=1 python -m benchmarks.fast_precision --write    also write benchmarks/results/fast_precision.json
+    TRITON_INTERPRET=1 python -m studies.fast_precision            print the table
+    TRITON_INTERPRET=1 python -m studies.fast_precision --write    also write studies/results/fast_precision.json
 
 "triton": the Triton backend's own packing kernels run in Triton's interpreter, so rows and codes are rounded to fp16 by
 the very code that a GPU would run. The matrix product of the rounded operands is done here: once with float32 sums

@@ -1,4 +1,4 @@
-"""Peak memory of a step of somebody's model before and after the swap, and of its quantizers alone. Linux only.
+"""Peak memory of a step of a user's model before and after the swap, and of its quantizers alone. Linux only.
 
 One process makes the model and its swapped copy. Every call runs once, which allocates what is allocated once (threads,
 the optimizer's state), and then counts: what it needs above the models, their optimizer and its inputs.
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from .memory import answers, peak_of
-from .subject import load
-from .swapped import Pair
+from .model_pair import ModelPair
+from .user_model import load
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Peaks:
 
 def measure(spec: str, threads: int) -> Peaks | None:
     """The peaks of the model named by `PACKAGE.MODULE:FACTORY`; None where they cannot be measured."""
-    found = answers("vqkernels.bench.swapped_memory", {"threads": threads, "spec": spec})
+    found = answers("vqkernels.bench.model_memory", {"threads": threads, "spec": spec})
     return Peaks(*(tuple(pair) for pair in found[-1])) if found else None
 
 
 def _child() -> None:
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
-    pair = Pair(load(asked["spec"]), lambda: load(asked["spec"]))
-    holders, calls = (pair.theirs, pair.ours), pair.calls()
+    pair = ModelPair(load(asked["spec"]), lambda: load(asked["spec"]))
+    holders, calls = (pair.original, pair.swapped), pair.calls()
     functions = [pair.step(holder) for holder in holders] + [pair.alone(holder, calls) for holder in holders]
     peaks = []
     for function in functions:

@@ -1,4 +1,4 @@
-"""Somebody's own model, named by PACKAGE.MODULE:FACTORY: how it is loaded, called, and given a loss."""
+"""A user's own model, named by PACKAGE.MODULE:FACTORY: how it is loaded, called, and given a loss."""
 
 import importlib
 import os
@@ -11,15 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-HELP = """
+FACTORY_HELP = """
 PACKAGE.MODULE:FACTORY is imported from here or from what is installed. FACTORY() returns the model, or (model, inputs),
 or (model, inputs, loss):
   inputs  a tensor, or a tuple of the arguments of one forward pass; where missing, model.example_inputs() gives them
   loss    a function from what the model returns to a 0-d tensor; where missing, model.example_loss(output), and where
           that is missing too, the sum of the mean squares of all floating tensors that the model returns
-The model must hold a quantizer: vqkernels.nn.VectorQuantizer, lucidrains VectorQuantize, diffusers VectorQuantizer, or
-a module with a tensor `codebook` (K, D), an int `channel_dim`, and forward(z) -> (quantized, indices, loss). A peer's
-is replaced by vqkernels; our own is compared with the usual one-hot layer in its place.
 """
 
 
@@ -28,7 +25,7 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class Subject:
+class UserModel:
     """A model with what it is called on and what is minimised."""
 
     model: nn.Module
@@ -36,7 +33,7 @@ class Subject:
     loss: Callable[[Any], Tensor]
 
 
-def load(spec: str) -> Subject:
+def load(spec: str) -> UserModel:
     """Calls the factory named by `PACKAGE.MODULE:FACTORY`.
 
     Raises:
@@ -50,14 +47,14 @@ def load(spec: str) -> Subject:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
-        raise ModelError(f"importing '{module_name}' failed: {told(error)}") from error
+        raise ModelError(f"importing '{module_name}' failed: {one_line(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ModelError(f"'{module_name}' has no function '{name}'")
     try:
         made = factory()
     except Exception as error:
-        raise ModelError(f"{name}() failed: {told(error)}") from error
+        raise ModelError(f"{name}() failed: {one_line(error)}") from error
     model, *rest = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, nn.Module) or len(rest) > 2:
         raise ModelError(f"{name}() must return a torch.nn.Module, (model, inputs) or (model, inputs, loss)")
@@ -66,10 +63,10 @@ def load(spec: str) -> Subject:
     inputs: Any = rest[0] if rest else model.example_inputs()  # type: ignore[operator]
     inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     loss = rest[1] if len(rest) == 2 else getattr(model, "example_loss", mean_squares)
-    return Subject(model, inputs, loss)
+    return UserModel(model, inputs, loss)
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

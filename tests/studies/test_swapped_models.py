@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import shown
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def swapped_models():
     for package in ("vector_quantize_pytorch", "diffusers", "transformers"):
         pytest.importorskip(package)
-    from benchmarks import swapped_models
+    from studies import swapped_models
 
     return swapped_models
 
@@ -26,12 +27,13 @@ def tiny():
     return model, torch.randn(2, 30, 4), lambda output: output[0].square().mean() + output[2]
 
 
+@pytest.mark.slow
 def test_one_command_measures_and_puts_the_table(swapped_models, tmp_path, monkeypatch):
-    from vqkernels.bench.swapped_memory import Peaks
+    from vqkernels.bench.model_memory import Peaks
 
     monkeypatch.setattr(swapped_models, "MODELS", {"tiny": ("Tiny", "VectorQuantize", 32)})
     monkeypatch.setattr(swapped_models, "tiny", tiny, raising=False)
-    monkeypatch.setattr(swapped_models.swapped_memory, "measure", lambda *_: Peaks((3.0, 5.0), (0.0768, 0.00768)))
+    monkeypatch.setattr(swapped_models.model_memory, "measure", lambda *_: Peaks((3.0, 5.0), (0.0768, 0.00768)))
     page, out = tmp_path / "page.md", tmp_path / "swap.json"
     page.write_text(f"before\n{swapped_models.MARKS[0]}\nold\n{swapped_models.MARKS[1]}\nafter\n")
     swapped_models.main(
@@ -56,16 +58,15 @@ def test_what_is_slower_is_said(swapped_models):
     assert swapped_models.losses(record) == ["the quantizers are 2.00x slower", "a step is 2.00x slower"]
 
 
-def test_the_readme_shows_the_committed_run(swapped_models):
-    result = json.loads((ROOT / "benchmarks" / "results" / "swap.json").read_text())
+def test_the_page_shows_the_committed_run(swapped_models):
+    result = json.loads((ROOT / "studies" / "results" / "swap.json").read_text())
     assert [x["name"] for x in result["models"]] == list(swapped_models.MODELS)
-    shown = (ROOT / "README.md").read_text().partition(swapped_models.MARKS[0])[2]
-    assert shown.partition(swapped_models.MARKS[1])[0].strip() == swapped_models.table(result)
+    assert shown(swapped_models.MARKS) == swapped_models.table(result)
 
 
 def test_the_committed_run_keeps_the_promise(swapped_models):
     """A VQ-VAE with lucidrains' layer and 8,192 codes: a step at least twice as fast, 5 N x K matrices less."""
-    models = {x["name"]: x for x in json.loads((ROOT / "benchmarks" / "results" / "swap.json").read_text())["models"]}
+    models = {x["name"]: x for x in json.loads((ROOT / "studies" / "results" / "swap.json").read_text())["models"]}
     large = models["vqvae_8192"]
     before, after = swapped_models.units(large)
     assert swapped_models.gain(large, "whole_ms") >= 2 and before - after >= 5

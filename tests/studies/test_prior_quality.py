@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("sklearn")  # the environment of the Triton tests has none
 
-from benchmarks import prior_quality
+from studies import prior_quality
 from vqkernels.cli.demo import demo_config
 from vqkernels.models import PixelCNN
 from vqkernels.training.config import PriorConfig, RunConfig, VQVAEConfig
@@ -150,6 +150,7 @@ def test_the_digits_are_those_of_the_demo_and_the_record_names_no_place():
     assert "somewhere" not in json.dumps(prior_quality.settings(config))
 
 
+@pytest.mark.slow
 def test_runs_measures_again_and_keeps_other_records(tmp_path, monkeypatch, capsys):
     def tiny(data, images, seed):
         config = demo_config(seed)

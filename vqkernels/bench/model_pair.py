@@ -15,14 +15,15 @@ from torch.utils import _pytree as pytree
 
 from vqkernels.dropin.swap import ADAPTERS, Report, swap_quantizers
 
-from .subject import ModelError, Subject, floating, told
 from .timing import Timing, interleave
+from .user_model import ModelError, UserModel, floating, one_line
 
+WORTH_IT = 1.05  # measured gain below which the swap is said not to be worth it
 _METHODS = ("forward", "encode", "decode")  # the ways into a quantizer
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of a quantizer at `path`, with arguments that no longer belong to a graph."""
 
     path: str
@@ -45,39 +46,48 @@ class Difference:
         return f"{told_floats}, {self.integers} of {self.of} integers differ" if self.of else told_floats
 
 
-class Pair:
-    """A model as it is, and a copy whose quantizers are swapped, each in a holder, so that it may itself be one.
+def known_quantizers(model: nn.Module) -> Report:
+    """`swap_quantizers`, for a model that must hold one."""
+    report = swap_quantizers(model)
+    if not report:
+        raise ModelError(f"no known quantizer was found; known are {', '.join(ADAPTERS)}")
+    return report
+
+
+class ModelPair:
+    """A user's model as it is, and a copy whose quantizers are swapped, each in a holder, so that it may itself be one.
 
     Args:
         again: makes another model like it, where it cannot be copied: those with torch's older weight norm cannot.
+        swap: replaces the quantizers below a module, in place.
 
     Raises:
-        ModelError: in one sentence, where the model cannot be measured or holds no known quantizer.
+        ModelError: in one sentence, where the model cannot be measured; or of `swap`.
     """
 
-    def __init__(self, subject: Subject, again: Callable[[], Subject]) -> None:
-        self.subject = subject
-        self.theirs = nn.Sequential(subject.model.train())
+    def __init__(
+        self, model: UserModel, again: Callable[[], UserModel], swap: Callable[[nn.Module], Report] = known_quantizers
+    ) -> None:
+        self.model = model
+        self.original = nn.Sequential(model.model.train())
         self.trains = True  # while it is looked at; what is initialised from the first batch is initialised now
-        self.trains = any(x.requires_grad for x in floating(self.output(self.theirs)))
+        self.trains = any(x.requires_grad for x in floating(self.output(self.original)))
         if self.trains:
-            self.loss(self.theirs)
+            self.loss(self.original)
         else:
-            self.theirs.eval()
-        self.ours = self._copy(again)
-        self.report: Report = swap_quantizers(self.ours)
-        if not self.report:
-            raise ModelError(f"no known quantizer was found; known are {', '.join(ADAPTERS)}")
+            self.original.eval()
+        self.swapped = self._copy(again)
+        self.report = swap(self.swapped)
 
-    def _copy(self, again: Callable[[], Subject]) -> nn.Sequential:
+    def _copy(self, again: Callable[[], UserModel]) -> nn.Sequential:
         try:
-            return copy.deepcopy(self.theirs)
+            return copy.deepcopy(self.original)
         except Exception:  # whatever a part of the model raises
-            other = nn.Sequential(again().model).train(self.theirs.training)
+            other = nn.Sequential(again().model).train(self.original.training)
         try:
-            other.load_state_dict(self.theirs.state_dict())
+            other.load_state_dict(self.original.state_dict())
         except Exception as error:
-            raise ModelError(f"the model can neither be copied nor made twice: {told(error)}") from error
+            raise ModelError(f"the model can neither be copied nor made twice: {one_line(error)}") from error
         return other
 
     def output(self, holder: nn.Sequential) -> Any:
@@ -85,18 +95,18 @@ class Pair:
         torch.manual_seed(0)
         try:
             with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
-                return holder[0](*self.subject.inputs)
+                return holder[0](*self.model.inputs)
         except Exception as error:
-            raise ModelError(f"the model failed: {told(error)}") from error
+            raise ModelError(f"the model failed: {one_line(error)}") from error
 
     def loss(self, holder: nn.Sequential) -> Tensor:
         output = self.output(holder)
         try:
-            loss = self.subject.loss(output)
+            loss = self.model.loss(output)
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"the loss failed: {told(error)}") from error
+            raise ModelError(f"the loss failed: {one_line(error)}") from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ModelError("the loss must be one number with a gradient")
         return loss.sum()
@@ -105,11 +115,11 @@ class Pair:
         """Outputs in eval mode, and the gradients of one step where there are any; then both are in train mode."""
         found = {}
         with torch.no_grad():
-            outputs = [self.output(x.eval()) for x in (self.theirs, self.ours)]
+            outputs = [self.output(x.eval()) for x in (self.original, self.swapped)]
         found["outputs"] = difference(*outputs)
         if self.trains:
             gradients = []
-            for holder in (self.theirs.train(), self.ours.train()):
+            for holder in (self.original.train(), self.swapped.train()):
                 state = copy.deepcopy(holder.state_dict())  # a forward in train mode may move the codebook
                 parameters = [p for p in holder.parameters() if p.requires_grad]
                 gradients.append(torch.autograd.grad(self.loss(holder), parameters, allow_unused=True))
@@ -130,17 +140,17 @@ class Pair:
 
         return step
 
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[RecordedCall]:
         """The calls that reach the swapped quantizers in one step, in order."""
-        found: list[Call] = []
+        found: list[RecordedCall] = []
         paths = list(dict.fromkeys(entry.name for entry in self.report.swapped))
-        state = copy.deepcopy(self.theirs.state_dict())  # a forward in train mode may move the codebook
-        with _Watch(self.theirs, paths, found):
-            self.output(self.theirs)
-        self.theirs.load_state_dict(state)
+        state = copy.deepcopy(self.original.state_dict())  # a forward in train mode may move the codebook
+        with _Watch(self.original, paths, found):
+            self.output(self.original)
+        self.original.load_state_dict(state)
         return found
 
-    def alone(self, holder: nn.Sequential, calls: list[Call]) -> Callable[[], None]:
+    def alone(self, holder: nn.Sequential, calls: list[RecordedCall]) -> Callable[[], None]:
         """The recorded calls, forward and, where a step has one, backward, and nothing else."""
 
         def quantize() -> None:
@@ -154,34 +164,34 @@ class Pair:
         return quantize
 
     @torch.no_grad()
-    def differing(self, calls: list[Call]) -> tuple[int, int]:
+    def differing(self, calls: list[RecordedCall]) -> tuple[int, int]:
         """Of the indices that the recorded calls give in eval mode, how many differ, and of how many."""
         differ = number = 0
-        for holder in (self.theirs, self.ours):
+        for holder in (self.original, self.swapped):
             holder.eval()
         for call in calls:
             outputs = []
-            for holder in (self.theirs, self.ours):
+            for holder in (self.original, self.swapped):
                 torch.manual_seed(0)
                 function = getattr(holder.get_submodule(call.path), call.method)
                 outputs.append(_integers(function(*call.arguments, **call.options)))
             differ += sum(int((a != b).sum()) for a, b in zip(*outputs, strict=True))
             number += sum(a.numel() for a in outputs[0])
-        for holder in (self.theirs, self.ours):
+        for holder in (self.original, self.swapped):
             holder.train(self.trains)
         return differ, number
 
     def measure(self, threads: int, seconds: float, least: int, most: int) -> tuple[Timing, Timing]:
-        """Times of whole steps, theirs and ours, in turn."""
-        contenders = {"theirs": self.step(self.theirs), "ours": self.step(self.ours)}
-        times, _ = interleave(contenders, threads, seconds, least, most)
-        return times["theirs"], times["ours"]
+        """Times of whole steps, before and after the swap, in turn."""
+        functions = {"before": self.step(self.original), "after": self.step(self.swapped)}
+        times, _ = interleave(functions, threads, seconds, least, most)
+        return times["before"], times["after"]
 
 
 class _Watch:
     """Records the outermost calls of the modules at `paths`, whichever of their methods is called."""
 
-    def __init__(self, holder: nn.Module, paths: list[str], found: list[Call]) -> None:
+    def __init__(self, holder: nn.Module, paths: list[str], found: list[RecordedCall]) -> None:
         self.modules = {path: holder.get_submodule(path) for path in paths}
         self.found, self.inside = found, False
 
@@ -207,7 +217,7 @@ class _Watch:
                 self.inside = False
             rows = sum(x.numel() for x in _integers(output)[:1])
             given, named = pytree.tree_map_only(Tensor, _apart, (arguments, options))
-            self.found.append(Call(path, method, given, named, rows))
+            self.found.append(RecordedCall(path, method, given, named, rows))
             return output
 
         return watched

@@ -9,10 +9,9 @@ from torch import nn
 
 from vqkernels import reference
 from vqkernels.bench.layers import OneHotQuantizer
-from vqkernels.bench.model import Measurement, Pair, Prediction, report
-from vqkernels.bench.quantizers import UnknownQuantizer, find
-from vqkernels.bench.subject import ModelError, Subject, load, mean_squares
+from vqkernels.bench.prediction import Comparison, Measurement, Prediction
 from vqkernels.bench.timing import Timing
+from vqkernels.bench.user_model import ModelError, UserModel, load, mean_squares
 from vqkernels.cli.bench import run
 from vqkernels.nn import VectorQuantizer
 
@@ -139,9 +138,9 @@ def test_a_model_that_fails_is_one_sentence(models, capsys):
 
 
 def test_inputs_may_come_from_the_model_and_the_loss_from_what_it_returns(models):
-    pair = Pair(load("my_models:Methods"))
-    assert pair.shapes()[0].endswith("at model.model.quantizer: N=64 K=8 D=16, 1 call a step")
-    assert pair.differing == 0
+    comparison = Comparison(load("my_models:Methods"), lambda: load("my_models:Methods"))
+    assert comparison.quantizers()[0].endswith("at model.model.quantizer: N=64 K=8 D=16, 1 call a step")
+    assert comparison.differing == 0
 
 
 def test_help_says_what_a_factory_returns():
@@ -165,66 +164,75 @@ class Wrapped(nn.Module):
         return self.quantizer(z.unsqueeze(-1) if self.image else z)[:2]
 
 
-def swapped(quantizer: nn.Module, **layout: bool) -> Pair:
-    return Pair(Subject(Wrapped(quantizer, **layout), (torch.randn(3, 6, 8),), mean_squares))
+def compared(quantizer: nn.Module, **layout: bool) -> Comparison:
+    model = UserModel(Wrapped(quantizer, **layout), (torch.randn(3, 6, 8),), mean_squares)
+    return Comparison(model, lambda: model)
 
 
-@pytest.mark.parametrize("options", [{}, {"learnable_codebook": True, "ema_update": False}, {"codebook_dim": 4}])
-def test_lucidrains_is_swapped(options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"learnable_codebook": True, "ema_update": False},
+        {"codebook_dim": 4},
+        {"use_cosine_sim": True},
+        {"heads": 2},
+    ],
+    ids=str,
+)
+def test_lucidrains_is_compared_with_its_drop_in(options):
     peer = pytest.importorskip("vector_quantize_pytorch").VectorQuantize
-    pair = swapped(peer(8, 16, rotation_trick=False, **options))
-    assert pair.differing == 0 and pair.rows == [18]
-    found, z = find(pair.slow)[0], pair.calls[0].z
-    with torch.no_grad():
-        mine, theirs = (m.eval()(z) for m in (found.counterpart(), pair.slow.get_submodule(found.path)))
-    torch.testing.assert_close(mine[0], theirs[0])
-    assert mine[1].shape == theirs[1].shape
+    comparison = compared(peer(8, 16, rotation_trick=False, **options))
+    rows, dim = (36, 8) if "heads" in options else (18, options.get("codebook_dim", 8))
+    line = f"lucidrains VectorQuantize at model.quantizer: N={rows} K=16 D={dim}, 1 call a step"
+    assert comparison.quantizers() == [line] and comparison.differing == 0 and not comparison.ours
 
 
 def test_lucidrains_channels_first_and_images():
     peer = pytest.importorskip("vector_quantize_pytorch").VectorQuantize
-    assert swapped(peer(8, 16, channel_last=False), channels_first=True).differing == 0
-    assert swapped(peer(8, 16, accept_image_fmap=True), channels_first=True, image=True).differing == 0
+    assert compared(peer(8, 16, channel_last=False), channels_first=True).differing == 0
+    assert compared(peer(8, 16, accept_image_fmap=True), channels_first=True, image=True).differing == 0
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("shaped", [False, True])
-def test_diffusers_is_swapped_with_its_loss(legacy, shaped):
+def test_diffusers_is_compared_with_its_drop_in():
     peer = pytest.importorskip("diffusers.models.autoencoders.vae").VectorQuantizer
-    pair = swapped(peer(16, 8, 0.4, sane_index_shape=shaped, legacy=legacy), channels_first=True, image=True)
-    assert pair.differing == 0
-    call = pair.calls[0]
-    gradients = []
-    for holder in (pair.fast, pair.slow):
-        z = call.z.detach().clone().requires_grad_()
-        quantized, loss, (_, _, indices) = holder.get_submodule(call.path)(z)
-        loss.backward()
-        gradients.append((quantized.detach(), loss.detach(), indices, z.grad))
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    comparison = compared(peer(16, 8, beta=0.3, legacy=True), channels_first=True, image=True)
+    assert comparison.quantizers() == ["diffusers VectorQuantizer at model.quantizer: N=18 K=16 D=8, 1 call a step"]
+    assert comparison.differing == 0
 
 
 def test_what_has_no_counterpart_is_refused():
-    peer = pytest.importorskip("vector_quantize_pytorch").VectorQuantize
-    with pytest.raises(UnknownQuantizer, match="at '0' uses heads; that has no counterpart yet"):
-        find(nn.Sequential(peer(8, 16, heads=2)))
-    with pytest.raises(ModelError, match="at 'model.quantizer' uses use_cosine_sim"):
-        swapped(peer(8, 16, use_cosine_sim=True))
+    peer = pytest.importorskip("diffusers.models.autoencoders.vae").VectorQuantizer
+    with pytest.raises(ModelError, match="the quantizer at '0.quantizer' has no counterpart here: a subclass of "):
+        compared(type("Changed", (peer,), {})(16, 8, beta=0.3), channels_first=True, image=True)
+    with pytest.raises(ModelError, match="mixes layers of vqkernels with others"):
+        compared(nn.Sequential(VectorQuantizer(8, 16), Protocol()))
+
+
+class Protocol(nn.Module):
+    """Takes what a layer of ours gives, by the protocol."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.channel_dim = OneHotQuantizer(torch.randn(16, 8), channel_dim=-1), -1
+        self.codebook = self.inner.codebook
+
+    def forward(self, result):
+        return self.inner(result[0])
 
 
 @pytest.mark.parametrize("options,named", [({"heads": 2}, "heads=2"), ({"metric": "dot"}, "metric='dot'")])
 def test_a_layer_of_ours_without_a_one_hot_counterpart_is_refused(options, named):
-    with pytest.raises(UnknownQuantizer, match=f"the layer at '0' has {named}, which the usual one-hot layer has not"):
-        find(nn.Sequential(VectorQuantizer(8, 16, **options)))
+    with pytest.raises(ModelError, match=f"'0.quantizer' has {named}, which the usual one-hot layer has not"):
+        compared(VectorQuantizer(8, 16, **options))
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_our_own_layer_is_compared_with_the_one_hot_layer(decay):
-    pair = swapped(VectorQuantizer(8, 16, ema_decay=decay))
-    assert pair.ours and pair.differing == 0
-    assert isinstance(pair.slow.model.quantizer, OneHotQuantizer) and isinstance(
-        pair.fast.model.quantizer, VectorQuantizer
-    )
+    comparison = compared(VectorQuantizer(8, 16, ema_decay=decay))
+    assert comparison.ours and comparison.differing == 0
+    assert isinstance(comparison.slow[0].quantizer, OneHotQuantizer)
+    assert isinstance(comparison.fast[0].quantizer, VectorQuantizer)
 
 
 def test_the_one_hot_layer_follows_the_moving_averages():
@@ -245,6 +253,6 @@ def test_amdahl_and_the_threshold():
 
     prediction = Prediction(timing(1.0), timing(0.5), timing(0.1))
     assert prediction.share == 0.5 and prediction.gain == pytest.approx(1 / 0.6)
-    pair = swapped(VectorQuantizer(8, 16))
-    told = [report(pair, prediction, Measurement(timing(x), timing(1.0))) for x in (1.049, 1.051)]
+    comparison = compared(VectorQuantizer(8, 16))
+    told = [comparison.report(prediction, Measurement(timing(x), timing(1.0))) for x in (1.049, 1.051)]
     assert "verdict    not worth it" in told[0] and "verdict    worth it" in told[1]

@@ -1,6 +1,6 @@
 """How much of a codebook stays in use: the same VQ-VAE on images with our layer and with lucidrains', equal budgets.
 
-    python -m benchmarks.perplexity IMAGES --out benchmarks/results/perplexity
+    python -m studies.perplexity IMAGES --out studies/results/perplexity
 
 IMAGES is a folder with train/ and test/, as `vqkernels train` reads it. Every contender starts from the same encoder
 and decoder and sees the same batches. One JSON file per contender (a run that was cut short goes on at its last

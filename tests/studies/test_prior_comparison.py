@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("tyro")
 
-from benchmarks import prior_comparison
-from benchmarks.prior_comparison import Codes, Contender
+from studies import prior_comparison
+from studies.prior_comparison import Codes, PriorTraining
 
 GRIDS = {"train": 40, "validation": 12, "test": 12}
 
@@ -26,12 +26,9 @@ def options(**changed) -> argparse.Namespace:
     return argparse.Namespace(**given | changed)
 
 
-def test_a_quick_run_writes_figures_and_table(tmp_path, capsys):
-    before = torch.get_num_threads()
-    try:
-        prior_comparison.main(["--quick", "--threads", "1", "--out", str(tmp_path / "c.json")])
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.slow
+def test_a_quick_run_writes_figures_and_table(tmp_path, capsys, threads):
+    prior_comparison.main(["--quick", "--threads", "1", "--out", str(tmp_path / "c.json")])
     result = json.loads((tmp_path / "c.json").read_text())
     assert result["images"] == {"train": 1258, "validation": 180, "test": 359} and result["grid"] == [4, 4]
     counts = result["parameters"]
@@ -60,7 +57,7 @@ def test_parameters_too_far_apart_train_nothing(monkeypatch):
 def test_both_see_the_same_batches_and_keep_their_best_weights():
     given, made = codes(), options()
     sizes = prior_comparison.equal_sizes(given, made)
-    contenders = [Contender(name, given, made, sizes[name], 0.1, 3) for name in prior_comparison.NAMES]
+    contenders = [PriorTraining(name, given, made, sizes[name], 0.1, 3) for name in prior_comparison.NAMES]
     first, second = (contender.batches for contender in contenders)
     assert all(torch.equal(first.indices(step), second.indices(step)) for step in (0, 4, 11))
     for contender in contenders:

@@ -1,6 +1,6 @@
 """Whether `vqkernels encode` keeps up with its own encoder network.
 
-    python -m benchmarks.encoding --out benchmarks/results/encoding.json [--jpegs FOLDER]
+    python -m studies.encoding --out studies/results/encoding.json [--jpegs FOLDER]
 
 The network alone: the encoder on batches that lie in memory as it takes them. `encode`: everything between a source and
 shards on disk (reading, decoding, scaling, the network, the search, writing), from an .npy file and from a folder of
@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from vqkernels.bench import machine
+from vqkernels.bench.report import markdown
+from vqkernels.bench.timing import take_turns
 from vqkernels.models import VQVAE
 from vqkernels.training.codes import CodesDirectory, CodesIndex
 from vqkernels.training.data import open_source
@@ -95,12 +96,6 @@ class Encoding:
             raise SystemExit("the codes on disk are not those of the model: nothing is timed")
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def measure(count: int, channels: int, rounds: int, jpegs: Path | None) -> dict[str, Any]:
     """Seconds of everyone in every round, and the shares."""
     torch.manual_seed(0)
@@ -127,10 +122,7 @@ def measure(count: int, channels: int, rounds: int, jpegs: Path | None) -> dict[
         with torch.no_grad():
             parts["search"] = lambda: [model.quantizer(z) for _ in range(0, count, CHUNK)]
             contenders: dict[str, Callable[[], object]] = {"network": network, **encodings, **parts}
-            samples: dict[str, list[float]] = {name: [] for name in contenders}
-            for _ in range(rounds):
-                for name, function in contenders.items():
-                    samples[name].append(seconds(function))
+            samples = take_turns(contenders, dict.fromkeys(contenders, rounds))
     shares = {
         kind: statistics.median(x / y for x, y in zip(samples["network"], samples[kind], strict=True))
         for kind in encodings
@@ -148,18 +140,18 @@ def measure(count: int, channels: int, rounds: int, jpegs: Path | None) -> dict[
 def table(result: dict[str, Any]) -> str:
     """Markdown: the throughputs, what the parts cost alone, and the verdicts."""
     facts, told = result["machine"], result["encoding"]
+    names = {"network": "the encoder network alone", "npy": "`encode`, .npy", "jpeg": "`encode`, JPEGs"}
+    rows = []
+    for name, value in told["seconds"].items():
+        share = f"{told['share'][name]:.0%}" if name in told["share"] else ""
+        rows.append([names.get(name, name + " alone"), f"{value:.2f}", f"{told['images'] / value:.0f}", share])
     lines = [
         f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; "
         f"{told['images']} images of {SIDE}×{SIDE}, {told['channels']} channels, K = 512; medians.",
         "",
-        "| | seconds | images/s | share of the network |",
-        "|---|---|---|---|",
+        *markdown(("", "seconds", "images/s", "share of the network"), rows, padded=False),
+        "",
     ]
-    names = {"network": "the encoder network alone", "npy": "`encode`, .npy", "jpeg": "`encode`, JPEGs"}
-    for name, value in told["seconds"].items():
-        share = f"{told['share'][name]:.0%}" if name in told["share"] else ""
-        lines.append(f"| {names.get(name, name + ' alone')} | {value:.2f} | {told['images'] / value:.0f} | {share} |")
-    lines.append("")
     for kind, share in told["share"].items():
         lines.append(f"- {kind}: {share:.0%} (goal {GOAL:.0%}): {'met' if share >= GOAL else 'missed'}")
     return "\n".join(lines) + "\n"
