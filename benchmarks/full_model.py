@@ -18,21 +18,22 @@ from typing import Any
 
 import torch
 
+from benchmarks.goals import state
 from benchmarks.usual_model import (
     Step,
     check_losses,
     code_loss,
-    our_step,
     plain_sample,
     reconstruction_loss,
+    steps,
     usual_prior,
-    usual_step,
     usual_vqvae,
 )
 from vqkernels.bench import machine
+from vqkernels.bench.report import markdown, put
 from vqkernels.bench.timing import interleave
 from vqkernels.models import VQVAE, PixelCNN
-from vqkernels.training.acceleration import Speed, SpeedConfig
+from vqkernels.training.acceleration import SpeedConfig
 
 MARKS = ("<!-- full model -->", "<!-- end of full model -->")
 IMAGES, SIDE = 32, 32  # of a VQ-VAE step: 8 x 8 codes each, 2,048 rows
@@ -64,10 +65,7 @@ def vqvae_steps(codebook_size: int, channels: int, images: int, flags: dict[str,
     model = VQVAE(3, hidden_channels=channels, code_dim=64, codebook_size=codebook_size)
     torch.nn.init.normal_(model.quantizer.codebook, std=0.1)  # so that many codes are used
     loss = reconstruction_loss(torch.rand(images, 3, SIDE, SIDE) * 2 - 1)
-    steps = {"usual": usual_step(usual_vqvae(model).train(), loss)}
-    for name, config in flags.items():
-        steps[name] = our_step(copy.deepcopy(model), loss, Speed(config, torch.device("cpu")))
-    return steps
+    return steps(model, usual_vqvae(model), loss, flags, torch.device("cpu"))
 
 
 def prior_model(codes: int, channels: int, layers: int) -> PixelCNN:
@@ -78,17 +76,14 @@ def prior_model(codes: int, channels: int, layers: int) -> PixelCNN:
 def prior_steps(model: PixelCNN, grids: int, side: int, flags: dict[str, SpeedConfig]) -> dict[str, Step]:
     """The usual step and ours, of equal PixelCNNs."""
     loss = code_loss(torch.randint(model.num_codes, (grids, side, side)), torch.arange(grids) % CLASSES)
-    steps = {"usual": usual_step(usual_prior(model).train(), loss)}
-    for name, config in flags.items():
-        steps[name] = our_step(copy.deepcopy(model), loss, Speed(config, torch.device("cpu")))
-    return steps
+    return steps(model, usual_prior(model), loss, flags, torch.device("cpu"))
 
 
-def timed(what: str, steps: dict[str, Step], options: argparse.Namespace) -> dict[str, Any]:
+def timed(what: str, contenders: dict[str, Step], options: argparse.Namespace) -> dict[str, Any]:
     """Losses, then times in turn."""
-    check_losses(steps, what, TOLERANCES)
+    check_losses(contenders, what, TOLERANCES)
     least, most = (1, 2) if options.quick else (5, 25)
-    timings, _ = interleave(dict(steps), options.threads, options.seconds, least, most)
+    timings, _ = interleave(dict(contenders), options.threads, options.seconds, least, most)
     return _row(what, {name: (t.median, t.low, t.high, t.rounds) for name, t in timings.items()})
 
 
@@ -149,13 +144,7 @@ def demo(quick: bool) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Markdown: every part and flag, the demo, and every target, met or not."""
     facts = result["machine"]
-    lines = [
-        f"{facts['processor']}, {facts['threads']} threads (the demo: 1), torch {facts['torch']}, commit "
-        f"{facts['commit']}; steps and sampling are medians.",
-        "",
-        "| | usual, ms | " + " | ".join(FLAGS) + " |",
-        "|" + "---|" * (len(FLAGS) + 2),
-    ]
+    rows = []
     for row in result["parts"]:
         cells = [
             f"{1e3 * row['seconds'][name]['median']:.1f}, **{row['times usual'][name]:.2f}x**"
@@ -163,7 +152,13 @@ def table(result: dict[str, Any]) -> str:
             else ""
             for name in FLAGS
         ]
-        lines.append(f"| {row['what']} | {1e3 * row['seconds']['usual']['median']:.1f} | {' | '.join(cells)} |")
+        rows.append([row["what"], f"{1e3 * row['seconds']['usual']['median']:.1f}", *cells])
+    lines = [
+        f"{facts['processor']}, {facts['threads']} threads (the demo: 1), torch {facts['torch']}, commit "
+        f"{facts['commit']}; steps and sampling are medians.",
+        "",
+        *markdown(("", "usual, ms", *FLAGS), rows, padded=False),
+    ]
     if "demo" in result:
         lines += ["", *_demo_table(result["demo"])]
     return "\n".join([*lines, "", *verdicts(result)]) + "\n"
@@ -173,23 +168,16 @@ def _demo_table(told: dict[str, Any]) -> list[str]:
     from benchmarks.demo_pipeline import PARTS, QUALITY
 
     runs, given = told["runs"], told["to a given loss"]
-    lines = ["| demo, seconds | " + " | ".join(runs) + " |", "|" + "---|" * (len(runs) + 1)]
-    for part in PARTS:
-        lines.append(f"| {part} | " + " | ".join(f"{r['parts'][part]['wall']:.1f}" for r in runs.values()) + " |")
-    told_runs = [
-        f"{run['seconds']['wall']:.1f}, **{told['times usual'][name]['wall']:.2f}x**" for name, run in runs.items()
-    ]
-    lines.append(f"| all | {' | '.join(told_runs)} |")
-    process = [f"{r['seconds']['process']:.1f}" for r in runs.values()]
-    lines.append(f"| all, of this process alone | {' | '.join(process)} |")
+    rows = [[part, *(f"{run['parts'][part]['wall']:.1f}" for run in runs.values())] for part in PARTS]
+    times = {name: f"**{told['times usual'][name]['wall']:.2f}x**" for name in runs}
+    rows.append(["all", *(f"{run['seconds']['wall']:.1f}, {times[name]}" for name, run in runs.items())])
+    rows.append(["all, of this process alone", *(f"{run['seconds']['process']:.1f}" for run in runs.values())])
     for stage, name in (("vqvae", "VQ-VAE"), ("prior", "prior")):
-        cells = [f"{given[stage]['seconds'][x]:.1f}" for x in runs]
-        lines.append(f"| {name} to a loss of {given[stage]['loss']:.3g} | {' | '.join(cells)} |")
+        seconds = given[stage]["seconds"]
+        rows.append([f"{name} to a loss of {given[stage]['loss']:.3g}", *(f"{seconds[x]:.1f}" for x in runs)])
     for what in QUALITY:
-        lines.append(
-            f"| {what.replace('_', ' ')} | " + " | ".join(f"{r['quality'][what]:.4f}" for r in runs.values()) + " |"
-        )
-    return lines
+        rows.append([what.replace("_", " "), *(f"{run['quality'][what]:.4f}" for run in runs.values())])
+    return markdown(("demo, seconds", *runs), rows, padded=False)
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:
@@ -205,10 +193,8 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         if goal is None:
             lines.append(f"- {what}, {name}: {value:.2f}x (no goal was set)")
             continue
-        state = "goal met" if value >= goal else "goal missed" if floor is None else (
-            "floor met, goal missed" if value >= floor else "floor missed"
-        )  # fmt: skip
-        lines.append(f"- {what}, {name}: {value:.2f}x (goal {goal}{f', floor {floor}' if floor else ''}): {state}")
+        wanted = f"goal {goal}{f', floor {floor}' if floor else ''}"
+        lines.append(f"- {what}, {name}: {value:.2f}x ({wanted}): {state(value, goal, floor)}")
     return lines
 
 
@@ -218,12 +204,12 @@ def draw(path: Path, result: dict[str, Any]) -> None:
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    steps = [row for row in result["parts"] if row["what"] != "sampling"]
-    names = [name for name in FLAGS if any(name in row["seconds"] for row in steps)]
-    for number, row in enumerate(steps):
+    rows = [row for row in result["parts"] if row["what"] != "sampling"]
+    names = [name for name in FLAGS if any(name in row["seconds"] for row in rows)]
+    for number, row in enumerate(rows):
         values = [row["times usual"].get(name, 0.0) for name in names]
-        places = [x + 0.8 * number / len(steps) for x in range(len(names))]
-        axes[0].bar(places, values, 0.8 / len(steps), align="edge", label=row["what"])
+        places = [x + 0.8 * number / len(rows) for x in range(len(names))]
+        axes[0].bar(places, values, 0.8 / len(rows), align="edge", label=row["what"])
     axes[0].axhline(1, color="black", linewidth=0.8)
     axes[0].set_xticks([x + 0.4 for x in range(len(names))], names, rotation=30, ha="right", fontsize=7)
     axes[0].set(ylabel="times the usual step", title="a training step")
@@ -238,16 +224,6 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def put(path: Path, text: str | None = None) -> None:
-    """Puts `text` between the marks of a file; without a text, only sees that the marks are there."""
-    before, mark, rest = path.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (mark and end):
-        raise ValueError(f"{path} has no line '{MARKS[0]}' followed by a line '{MARKS[1]}'")
-    if text is not None:
-        path.write_text(f"{before}{MARKS[0]}\n{text}{MARKS[1]}{after}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file; .md and .png go beside it")
@@ -259,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     options = parser.parse_args(arguments)
     if options.readme is not None:
-        put(options.readme)
+        put(options.readme, MARKS)
     torch.set_num_threads(options.threads)
     begun = time.perf_counter()
     flags = {k: x for k, x in FLAGS.items() if not (x.compile and (options.quick or options.no_compile))}
@@ -269,8 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     for size in (64,) if tiny else (8192, 512):
         # Compiling says the same at both sizes.
         chosen = {k: x for k, x in flags.items() if not (x.compile and size == 512)}
-        steps = vqvae_steps(size, 8 if tiny else 128, 2 if tiny else IMAGES, chosen)
-        parts.append(timed(f"VQ-VAE step, K={size}", steps, options))
+        contenders = vqvae_steps(size, 8 if tiny else 128, 2 if tiny else IMAGES, chosen)
+        parts.append(timed(f"VQ-VAE step, K={size}", contenders, options))
         print(f"{parts[-1]['what']}: {parts[-1]['times usual'][DEFAULT]:.2f}x", flush=True)
     prior = prior_model(16, 8, 2) if tiny else prior_model(512, 64, 15)
     side = 4 if tiny else GRID
@@ -287,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.with_suffix(".md").write_text(text)
     draw(options.out.with_suffix(".png"), result)
     if options.readme is not None:
-        put(options.readme, text)
+        put(options.readme, MARKS, text)
     print(text)
 
 

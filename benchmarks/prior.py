@@ -18,8 +18,7 @@ the loss of the masked model ours. Writes JSON and, beside it, a Markdown table 
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,19 +26,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.goals import state
 from benchmarks.standard_pixelcnn import MaskedPixelCNN, StandardPixelCNN
 from vqkernels.bench import machine
+from vqkernels.bench.report import markdown
+from vqkernels.bench.timing import seconds_per_call, take_turns
 from vqkernels.models import PixelCNN
 
 CODES, LAYERS, CLASSES = 512, 15, 10
 TARGETS = {8: (30, 15), 16: (120, 60), 32: (500, 200)}  # speed-up over the plain sampler at batch 16: goal, floor
 TRAINING_TARGETS = (1.8, 1.4)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def check_codes(model: PixelCNN, side: int) -> None:
@@ -83,13 +79,12 @@ def sampling(channels: int, side: int, batch: int, budget: float) -> dict:
     counts = {}
     for name, run in contenders.items():
         run(1)
-        one = seconds(lambda run=run: run(1))
+        one = seconds_per_call(lambda run=run: run(1), 1)
         counts[name] = max(1, min(size, int(budget / 3 / one)))
-    samples: dict[str, list[float]] = {"cached": [], **{name: [] for name in contenders}}
-    for _ in range(3):
-        samples["cached"].append(seconds(cached))
-        for name, run in contenders.items():
-            samples[name].append(seconds(lambda run=run, name=name: run(counts[name])) * size / counts[name])
+    functions = {"cached": cached} | {name: partial(run, counts[name]) for name, run in contenders.items()}
+    samples = take_turns(functions, dict.fromkeys(functions, 3))
+    for name, count in counts.items():
+        samples[name] = [value * size / count for value in samples[name]]
     middle = {name: statistics.median(values) for name, values in samples.items()}
     return {
         "channels": channels,
@@ -122,10 +117,8 @@ def training(channels: int, side: int, batch: int, rounds: int) -> dict:
     losses = {name: step(model) for name, model in models.items()}
     if abs(losses["ours"] - losses["masked"]) > 1e-5:
         raise SystemExit(f"the masked model has another loss than ours, {losses}: nothing is timed")
-    samples: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, model in models.items():
-            samples[name].append(seconds(lambda model=model: step(model)))
+    functions = {name: partial(step, model) for name, model in models.items()}
+    samples = take_turns(functions, dict.fromkeys(functions, rounds))
     middle = {name: statistics.median(values) for name, values in samples.items()}
     operations = {}
     for name, model in models.items():
@@ -152,24 +145,27 @@ def table(cells: list[dict], steps: list[dict], facts: dict[str, str]) -> str:
         f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}; "
         f"{LAYERS} layers, K = {CODES}. Seconds for a batch of grids; ~ extrapolated from some of the positions.",
     ]
-    if cells:
-        lines += ["", "| channels | grid | batch | cached | plain | standard | × plain | × standard |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+    rows = []
     for cell in cells:
         told = {name: f"{value:.3g}" for name, value in cell["seconds"].items()}
         told |= {name: f"~{told[name]}" for name in cell["extrapolated"]}
-        lines.append(
-            f"| {cell['channels']} | {cell['side']}×{cell['side']} | {cell['batch']} | {told['cached']} | "
-            f"{told['plain']} | {told['standard']} | {cell['times_plain']:.0f} | {cell['times_standard']:.0f} |"
-        )
-    lines += ["", "| channels | grid | batch | ours, s/step | masked | standard | × masked | × standard | "]
-    lines[-1] += "operations, masked to ours |"
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+        ratios = [f"{cell[name]:.0f}" for name in ("times_plain", "times_standard")]
+        rows.append([*_shape(cell), *(told[name] for name in ("cached", "plain", "standard")), *ratios])
+    if cells:
+        head = ("channels", "grid", "batch", "cached", "plain", "standard", "× plain", "× standard")
+        lines += ["", *markdown(head, rows, padded=False)]
+    rows = []
     for cell in steps:
         told = [f"{cell['seconds'][name]:.3g}" for name in ("ours", "masked", "standard")]
-        told += [f"{cell[name]:.2f}" for name in ("times_masked", "times_standard", "operations_masked")]
-        lines.append(f"| {cell['channels']} | {cell['side']}×{cell['side']} | {cell['batch']} | {' | '.join(told)} |")
+        ratios = [f"{cell[name]:.2f}" for name in ("times_masked", "times_standard", "operations_masked")]
+        rows.append([*_shape(cell), *told, *ratios])
+    head = ("channels", "grid", "batch", "ours, s/step", "masked", "standard", "× masked", "× standard")
+    lines += ["", *markdown((*head, "operations, masked to ours"), rows, padded=False)]
     return "\n".join([*lines, "", *verdicts(cells, steps)]) + "\n"
+
+
+def _shape(cell: dict) -> list[str]:
+    return [str(cell["channels"]), f"{cell['side']}×{cell['side']}", str(cell["batch"])]
 
 
 def verdicts(cells: list[dict], steps: list[dict]) -> list[str]:
@@ -186,8 +182,7 @@ def verdicts(cells: list[dict], steps: list[dict]) -> list[str]:
 
 
 def _verdict(what: str, value: float, goal: float, floor: float) -> str:
-    state = "goal met" if value >= goal else "floor met, goal missed" if value >= floor else "floor missed"
-    return f"- {what}: {value:.3g} (goal {goal}, floor {floor}): {state}"
+    return f"- {what}: {value:.3g} (goal {goal}, floor {floor}): {state(value, goal, floor)}"
 
 
 def draw(path: Path, cells: list[dict]) -> None:

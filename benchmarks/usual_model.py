@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks.standard_pixelcnn import MaskedPixelCNN
 from vqkernels.bench.layers import OneHotQuantizer
 from vqkernels.models import VQVAE, PixelCNN
-from vqkernels.training.acceleration import Speed, place
+from vqkernels.training.acceleration import Speed, SpeedConfig, place
 
 Step = Callable[[], Tensor]  # a training step; returns its loss
 
@@ -80,6 +80,18 @@ def our_step(model: nn.Module, loss: Callable[[nn.Module], Tensor], speed: Speed
         return value.detach()
 
     return step
+
+
+def steps(
+    model: nn.Module,
+    usual: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    configs: dict[str, SpeedConfig],
+    device: torch.device,
+) -> dict[str, Step]:
+    """The usual model's training step, and one of a copy of ours for each configuration, by name."""
+    ours = {name: our_step(copy.deepcopy(model), loss, Speed(config, device)) for name, config in configs.items()}
+    return {"usual": usual_step(usual.train(), loss), **ours}
 
 
 def reconstruction_loss(images: Tensor) -> Callable[[nn.Module], Tensor]:

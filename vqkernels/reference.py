@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+METRICS = ("euclidean", "dot", "cosine")
 OPPOSITE = 2.0**-52  # |u + q|^2 of two unit vectors at or below which they are opposite to within rounding
 
 

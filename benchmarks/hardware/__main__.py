@@ -22,9 +22,8 @@ from benchmarks.hardware.accumulation import accumulation
 from benchmarks.hardware.correctness import correctness
 from benchmarks.hardware.cuda import cuda_correctness, cuda_times
 from benchmarks.hardware.entropy import entropy_correctness, entropy_times
-from benchmarks.hardware.full_model import full_model
 from benchmarks.hardware.grid import grid
-from benchmarks.hardware.model import model
+from benchmarks.hardware.models import full_model, model
 from benchmarks.hardware.questions import questions
 from benchmarks.hardware.results import Results
 from benchmarks.hardware.setting import Setting, facts, on_gpu, rehearsal

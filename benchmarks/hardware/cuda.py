@@ -4,9 +4,6 @@ executor of tests/native.
 """
 
 import itertools
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,13 +12,20 @@ import torch
 from torch import Tensor
 
 import vqkernels as vq
+from benchmarks.hardware.checks import (
+    Row,
+    Step,
+    contract,
+    no_waiting,
+    quantization,
+    repeats_as_graph,
+    sanitized,
+    whole_arrays,
+    with_verdict,
+)
 from benchmarks.hardware.setting import ROOT, Setting
-from benchmarks.hardware.timing import replayed, times
 from vqkernels.backends import gpu
-from vqkernels.verification.adversaries import ADVERSARIES
-from vqkernels.verification.suite import verify
 
-Row = dict[str, Any]
 SANITIZED = (
     "import torch, vqkernels as vq\n"
     "z = torch.randn(3, 64, 17, 9, device='cuda', requires_grad=True); e = torch.randn(333, 64, device='cuda')\n"
@@ -60,27 +64,20 @@ def cuda_correctness(setting: Setting) -> Iterator[Row]:
     if problem := absence(setting):
         yield {"what": "the CUDA kernels", "ok": None, "problem": problem}
         return
-    rows: list[Row] = []
-    for row in itertools.chain(
-        _suite(setting), _sums(setting), _indices(setting), _no_waiting(setting), _graph(setting), _sanitizer(setting)
-    ):
-        rows.append(row)
-        yield row
-    verdict: Row = {"what": "verdict", "ok": all(row["ok"] is not False for row in rows)}
+    more: Row = {}
     if not setting.dry:
         one = next(gpu_ for gpu_ in gpu.visible() if gpu_.number == setting.device.index)
-        verdict["verification key"] = gpu.key("cuda", one)._asdict()
-    yield verdict
-
-
-def _suite(setting: Setting) -> Iterator[Row]:
-    for outcome in verify("cuda", setting.device, every=setting.size(1, 60)):
-        yield {
-            "what": f"{outcome.operator}: {outcome.claim}",
-            "ok": not outcome.failures,
-            "cases": outcome.cases,
-            "failures": list(outcome.failures[:20]),
-        }
+        more["verification key"] = gpu.key("cuda", one)._asdict()
+    yield from with_verdict(
+        itertools.chain(
+            contract(setting, "cuda"),
+            _sums(setting),
+            whole_arrays(setting, "cuda", setting.size(SEARCHES, [(40, 70, 8)])),
+            _steps(setting),
+            sanitized(setting, SANITIZED, ("memcheck", "racecheck", "initcheck", "synccheck")),
+        ),
+        **more,
+    )
 
 
 def _drawn(setting: Setting, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
@@ -108,69 +105,15 @@ def _sums(setting: Setting) -> Iterator[Row]:
         yield {"what": f"sums of codes used {used}", "ok": ok, "N": n, "K": k, "D": d, "error": error, "repeats": same}
 
 
-def _indices(setting: Setting) -> Iterator[Row]:
-    """Every index of large arrays against the fallback."""
-    for shape in setting.size(SEARCHES, [(40, 70, 8)]):
-        for name in ("gaussian", "clustered", "offset 1e2"):
-            z, codebook = (x.to(setting.device) for x in ADVERSARIES[name](*shape))
-            found, decided = vq.nearest_code(z, codebook, backend="cuda", return_certificate=True)
-            wrong = int((found != vq.nearest_code(z, codebook, backend="eager")).sum())
-            what = f"all rows of {name}, {shape}"
-            yield {"what": what, "ok": wrong == 0, "wrong": wrong, "decided by the filter": round(float(decided), 6)}
-
-
-def _step(setting: Setting, n: int, k: int, d: int, backend: str) -> Callable[[], list[Tensor]]:
-    """Forward and backward of one quantization, into tensors that stay where they are."""
+def _step(setting: Setting, n: int, k: int, d: int, backend: str) -> Step:
     z, codes = _drawn(setting, n, k, d)[0].requires_grad_(), _drawn(setting, k, 1, d)[0].requires_grad_()
-
-    def step() -> list[Tensor]:
-        quantized, indices, loss, commitment = vq.vector_quantize(z, codes, backend=backend)
-        grads = torch.autograd.grad(quantized.sum() + loss + commitment, (z, codes))
-        return [quantized.detach(), indices, loss.detach(), *grads]
-
-    return step
+    return quantization(z, codes, backend)
 
 
-def _no_waiting(setting: Setting) -> Iterator[Row]:
-    step = _step(setting, *setting.size(STEP, (40, 20, 8)), "cuda")
-    step()
-    problem = None
-    try:
-        if setting.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        step()
-    except RuntimeError as error:
-        problem = str(error).partition("\n")[0]
-    finally:
-        if setting.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    yield {"what": "a step never waits for the device", "ok": problem is None, "problem": problem}
-
-
-def _graph(setting: Setting) -> Iterator[Row]:
-    step = _step(setting, *setting.size((5000, 333, 64), (40, 20, 8)), "cuda")
-    first, again = [x.clone() for x in replayed(setting, step)()], step()
-    same = all(x.equal(y) for x, y in zip(first, again, strict=True))
+def _steps(setting: Setting) -> Iterator[Row]:
+    yield no_waiting(setting, _step(setting, *setting.size(STEP, (40, 20, 8)), "cuda"))
+    same = repeats_as_graph(setting, _step(setting, *setting.size((5000, 333, 64), (40, 20, 8)), "cuda"))
     yield {"what": "a CUDA graph repeats the bits of a step", "ok": same}
-
-
-def _sanitizer(setting: Setting) -> Iterator[Row]:
-    tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
-    if setting.dry or tool is None:
-        yield {"what": "compute-sanitizer", "ok": None, "problem": "a rehearsal" if setting.dry else "not installed"}
-        return
-    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=max(5, min(90, setting.left() / 4))
-            )
-        except subprocess.TimeoutExpired:
-            yield {"what": f"compute-sanitizer {check}", "ok": None, "problem": "ran out of time"}
-            continue
-        # initcheck also sees torch's own padding: told, not judged
-        ok = done.returncode == 0 if check != "initcheck" else None
-        yield {"what": f"compute-sanitizer {check}", "ok": ok, "end": done.stdout[-400:]}
 
 
 def _index_add(z: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +134,7 @@ def cuda_times(setting: Setting) -> Iterator[Row]:
             for name in ("cuda", "triton")
         }
         contenders["index_add_"] = lambda z=z, indices=indices, k=k: _index_add(z, indices, k)
-        yield {"what": "statistics", "N": n, "K": k, "D": d, "times": times(setting, contenders)}
+        yield {"what": "statistics", "N": n, "K": k, "D": d, "times": setting.times(contenders)}
     for n, k, d in setting.size(SEARCHES, [(40, 70, 8)]):
         z, codebook = _drawn(setting, n, k, d)[0], _drawn(setting, k, 1, d)[0]
         searches: dict[str, Callable[[], Any]] = {
@@ -201,7 +144,7 @@ def cuda_times(setting: Setting) -> Iterator[Row]:
             for name in ("cuda", "triton")
             for precision in ("exact", "fast")
         }
-        yield {"what": "search", "N": n, "K": k, "D": d, "times": times(setting, searches)}
+        yield {"what": "search", "N": n, "K": k, "D": d, "times": setting.times(searches)}
     n, k, d = setting.size(STEP, (40, 20, 8))
-    steps = {name: replayed(setting, _step(setting, n, k, d, name)) for name in ("cuda", "triton")}
-    yield {"what": "training step as a CUDA graph", "N": n, "K": k, "D": d, "times": times(setting, steps)}
+    steps = {name: setting.replayed(_step(setting, n, k, d, name)) for name in ("cuda", "triton")}
+    yield {"what": "training step as a CUDA graph", "N": n, "K": k, "D": d, "times": setting.times(steps)}

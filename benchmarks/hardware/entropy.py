@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.hardware.checks import Row, repeats_as_graph, waits
 from benchmarks.hardware.setting import Setting
-from benchmarks.hardware.timing import replayed, times
 from vqkernels.backends.triton import entropy as kernels
 
-Row = dict[str, Any]
 FLOAT, DOUBLE, BRAIN, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # (N, K, D, z, codebook, metric, temperature)
 CASES = [
@@ -116,23 +115,10 @@ def _graph(setting: Setting) -> Row:
         return ours(z, codebook, None, "euclidean", 1.0)
 
     first = step()
-    problem = None
-    try:
-        if setting.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        again = step()
-    except RuntimeError as error:
-        problem, again = str(error).partition("\n")[0], first
-    finally:
-        if setting.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    same = [torch.equal(one, other) for one, other in zip(first, again, strict=True)]
-    same += [torch.equal(one, other) for one, other in zip(first, replayed(setting, step)(), strict=True)]
-    return {
-        "what": "entropy repeats its bits, also in a CUDA graph",
-        "ok": all(same) and problem is None,
-        "why": problem,
-    }
+    problem = waits(setting, step)
+    same = all(torch.equal(one, other) for one, other in zip(first, step(), strict=True))
+    ok = same and problem is None and repeats_as_graph(setting, step)
+    return {"what": "entropy repeats its bits, also in a CUDA graph", "ok": ok, "why": problem}
 
 
 def entropy_times(setting: Setting) -> Iterator[Row]:
@@ -148,4 +134,4 @@ def entropy_times(setting: Setting) -> Iterator[Row]:
             "bf16": lambda half=half: ours(*half, None, "euclidean", 1.0),
             "plain PyTorch fp32": lambda z=z, codebook=codebook: theirs(z, codebook, None, "euclidean", 1.0),
         }
-        yield {"what": "entropy", "N": n, "K": k, "D": d, "times": times(setting, contenders)}
+        yield {"what": "entropy", "N": n, "K": k, "D": d, "times": setting.times(contenders)}

@@ -4,20 +4,24 @@ Every contender's indices are compared with the contract on a sample of rows bef
 ours ends the cell. Peers search in the types they are given: fp32 and fp16 are told apart by name.
 """
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import vqkernels as vq
-from benchmarks.hardware import peers
+from benchmarks.hardware.checks import Row
 from benchmarks.hardware.residual import residual_times
 from benchmarks.hardware.setting import Setting
-from benchmarks.hardware.timing import replayed, times
 from vqkernels import reference
-from vqkernels.nn import VectorQuantizer
+from vqkernels.bench.layers import TRAINING, ours_trained
+from vqkernels.bench.peers import addmm_argmin, gpu_search, unavailable
 
 # the cells that published figures exist for come first
 LARGE = [(1 << 20, k, d) for d in (64, 128, 256) for k in (16384, 1024)]
@@ -25,12 +29,11 @@ REST = [(n, k, d) for n in (65536, 1 << 20) for k in (1024, 16384) for d in (32,
 CELLS = LARGE + [cell for cell in REST if cell not in LARGE]
 SMALL = [(n, 1024, 64) for n in (256, 1024, 4096, 16384)]
 CHECKED = 1024
-Row = dict[str, Any]
 
 
 def grid(setting: Setting) -> Iterator[Row]:
     if setting.wheels is not None:
-        yield {"what": "wheels of peers", "problem": peers.install(setting.wheels)}
+        yield {"what": "wheels of peers", "problem": install(setting.wheels)}
     torch._dynamo.config.cache_size_limit = 256
     for cell in setting.size(CELLS, [(40, 20, 8)]):
         yield _search(setting, *cell)
@@ -38,6 +41,18 @@ def grid(setting: Setting) -> Iterator[Row]:
     yield from residual_times(setting)
     for cell in setting.size(SMALL, [(16, 20, 8)]):
         yield _graphed(setting, *cell)
+
+
+def install(wheels: Path) -> str | None:
+    """Make the wheels of a folder importable, without their dependencies; returns why that failed, or None."""
+    found = sorted(str(path) for path in wheels.glob("*.whl"))
+    if not found:
+        return f"there is no wheel in {wheels}"
+    target = tempfile.mkdtemp(prefix="wheels-")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, *found]
+    done = subprocess.run(command, capture_output=True, text=True)
+    sys.path.append(target)
+    return done.stderr[-300:] if done.returncode else None
 
 
 def ours(z: Tensor, codebook: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -59,8 +74,9 @@ def _search(setting: Setting, n: int, k: int, d: int) -> Row:
     contenders: dict[str, Callable[[], Any]] = dict(ours(z, codebook))
     for kind in (torch.float32, torch.float16):
         pair = z.to(kind), codebook.to(kind)
-        for name, search in peers.searches(setting.dry).items():
-            contenders[f"{name} {'fp32' if kind == torch.float32 else 'fp16'}"] = partial(search, *pair)
+        for peer in gpu_search(setting.size("inductor", "eager")):
+            name = f"{peer.name} {'fp32' if kind == torch.float32 else 'fp16'}"
+            contenders[name] = peer.prepare(*pair)
     row: Row = {"what": "search", "N": n, "K": k, "D": d, "wrong rows of a sample": {}}
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     expected = {name: reference.nearest(z[:CHECKED].to(kind), codebook.to(kind)) for name, kind in kinds.items()}
@@ -77,13 +93,7 @@ def _search(setting: Setting, n: int, k: int, d: int) -> Row:
     _, decided = vq.nearest_code(z, codebook, backend="triton", return_certificate=True)
     half, half_codes = z.half(), codebook.half().T
     contenders["torch.mm fp16, for scale"] = lambda: torch.mm(half, half_codes)
-    return row | {"decided by the filter": round(float(decided), 6), "times": times(setting, contenders)}
-
-
-def _step(layer: Callable[[Tensor], tuple], z: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward of a layer that returns (quantized, indices, loss)."""
-    quantized, _, loss = layer(z)
-    return torch.autograd.grad(quantized.sum() + loss.sum(), z)
+    return row | {"decided by the filter": round(float(decided), 6), "times": setting.times(contenders)}
 
 
 def _training(setting: Setting, n: int, k: int, d: int) -> Row:
@@ -95,28 +105,28 @@ def _training(setting: Setting, n: int, k: int, d: int) -> Row:
         quantized, _, loss, commitment = vq.vector_quantize(z, codes, backend="triton")
         return torch.autograd.grad(quantized.sum() + loss + commitment, (z, codes))
 
-    layer = VectorQuantizer(d, k, ema_decay=0.99, backend="triton").to(setting.device)
+    rows, row = z.detach(), {"what": "training", "N": n, "K": k, "D": d}
     contenders: dict[str, Callable[[], Any]] = {
         "forward+backward": both_ways,
-        "train step, EMA": lambda: _step(layer, z),
+        "train step, EMA": ours_trained(0.99, "triton").prepare(rows, codes.detach()),
     }
-    try:
-        peer = peers.lucidrains(d, k, setting.device)
-        contenders["lucidrains train step, EMA"] = lambda: _step(peer, z[None])
-    except ImportError as error:
-        return {"what": "training", "N": n, "K": k, "D": d, "times": times(setting, contenders), "peer": str(error)}
-    return {"what": "training", "N": n, "K": k, "D": d, "times": times(setting, contenders)}
+    peer = next(layer for layer in TRAINING if layer.name == "lucidrains EMA")
+    if problem := unavailable(peer.module, peer.package):
+        row["peer"] = problem
+    else:
+        contenders["lucidrains train step, EMA"] = peer.prepare(rows, codes.detach())
+    return row | {"times": setting.times(contenders)}
 
 
 def _graphed(setting: Setting, n: int, k: int, d: int) -> Row:
     """Small N, where launches cost more than the work: as it is, and as a CUDA graph."""
     z, codebook = torch.randn(n, d, device=setting.device), torch.randn(k, d, device=setting.device)
     contenders: dict[str, Callable[[], Any]] = {}
-    plain = {"exact fp32": ours(z, codebook)["exact fp32"], "addmm+argmin": partial(peers.addmm_argmin, z, codebook)}
+    plain = {"exact fp32": ours(z, codebook)["exact fp32"], "addmm+argmin": partial(addmm_argmin, z, codebook)}
     for name, search in plain.items():
         contenders[name] = search
-        contenders[f"{name}, graph"] = replayed(setting, search)
+        contenders[f"{name}, graph"] = setting.replayed(search)
     expected = reference.nearest(z[:CHECKED], codebook)
     wrong = int((contenders["exact fp32, graph"]()[:CHECKED] != expected).sum())
     row: Row = {"what": "small N", "N": n, "K": k, "D": d, "wrong rows of a sample": wrong}
-    return row if wrong else row | {"times": times(setting, contenders)}
+    return row if wrong else row | {"times": setting.times(contenders)}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import vqkernels as vq
+from benchmarks.hardware.checks import Row
 from benchmarks.hardware.setting import Setting
-from benchmarks.hardware.timing import times
 from vqkernels.backends.triton import configs, launch
 from vqkernels.backends.triton.nearest import pack_codes, pack_rows, search
 from vqkernels.verification.adversaries import ADVERSARIES
@@ -22,7 +22,6 @@ TILES = {
     90: [(128, 256, 8, 3), (256, 64, 8, 3), (64, 128, 4, 3), (128, 128, 4, 2), (128, 128, 8, 3), (128, 64, 4, 3)],
     100: [(128, 128, 4, 3), (128, 256, 8, 3), (256, 64, 8, 3), (64, 64, 4, 3)],
 }
-Row = dict[str, Any]
 
 
 def questions(setting: Setting) -> Iterator[Row]:
@@ -67,7 +66,7 @@ def _candidate_pass(setting: Setting, n: int, k: int, d: int) -> Row:
                 continue
             differing[label] = int((found != best.setdefault(epilogue, found)).sum())
             contenders[label] = run
-    told = times(setting, contenders)
+    told = setting.times(contenders)
     for entry in told.values():
         if "ms" in entry:
             entry["T scores/s"] = round(n * k / entry["ms"] / 1e9, 3)
@@ -100,7 +99,7 @@ def _sums(setting: Setting, n: int, k: int, d: int, skewed: bool) -> Row:
         "largest error, ours": float((sums.double() - expected).abs().max()) / scale,
         "largest error, atomics": float((atomics()[1].double() - expected).abs().max()) / scale,
     }  # fmt: skip
-    return row | {"times": times(setting, {"sort and segment": ours, "index_add_": atomics})}
+    return row | {"times": setting.times({"sort and segment": ours, "index_add_": atomics})}
 
 
 def _undecided(setting: Setting, k: int, d: int) -> Row:

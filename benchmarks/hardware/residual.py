@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 import vqkernels as vq
-from benchmarks.hardware import peers
+from benchmarks.hardware.checks import Row, repeats_as_graph
 from benchmarks.hardware.setting import Setting
-from benchmarks.hardware.timing import replayed, times
 from vqkernels import reference
 from vqkernels.backends.triton import configs
 from vqkernels.backends.triton.residual import residual_quantize, residual_quantize_backward
+from vqkernels.bench.peers import unavailable
+from vqkernels.bench.stacks import RESIDUAL
 
-Row = dict[str, Any]
 CELLS = [(1 << 16, 1024, 64, 8), (1 << 14, 1024, 128, 8), (1 << 14, 1024, 8, 32), (1 << 10, 1024, 64, 8)]
 CHECKED = [(1 << 18, 1024, 64, 4), (1 << 16, 8192, 16, 4), (1 << 16, 1024, 256, 3)]
 SAMPLE = 1024
@@ -96,13 +96,8 @@ def residual_correctness(setting: Setting) -> Iterator[Row]:
         )
         return [quantized, indices, errors, counts, sums, *grads]
 
-    replay = replayed(setting, step)
-    z.copy_(z.flip(0))
-    bits = [[x.flatten().view(torch.uint8) for x in outputs] for outputs in ([y.clone() for y in replay()], step())]
-    yield {
-        "what": "a CUDA graph repeats the bits of residual quantization",
-        "ok": all(x.equal(y) for x, y in zip(*bits, strict=True)),
-    }
+    same = repeats_as_graph(setting, step, lambda: z.copy_(z.flip(0)))
+    yield {"what": "a CUDA graph repeats the bits of residual quantization", "ok": same}
 
 
 def residual_times(setting: Setting) -> Iterator[Row]:
@@ -114,7 +109,7 @@ def residual_times(setting: Setting) -> Iterator[Row]:
         if row["wrong rows of a sample"]:
             yield row | {"problem": "wrong indices: nothing was timed"}
             continue
-        yield row | {"times": times(setting, _contenders(setting, z, codebooks, indices))}
+        yield row | {"times": setting.times(_contenders(setting, z, codebooks, indices))}
 
 
 def _contenders(setting: Setting, z: Tensor, codebooks: Tensor, indices: Tensor) -> dict[str, Callable[[], Any]]:
@@ -126,17 +121,16 @@ def _contenders(setting: Setting, z: Tensor, codebooks: Tensor, indices: Tensor)
 
     contenders: dict[str, Callable[[], Any]] = {
         "forward": partial(forward, z, codebooks),
-        "forward, graph": replayed(setting, partial(forward, z, codebooks)),
+        "forward, graph": setting.replayed(partial(forward, z, codebooks)),
         "forward, by level": levels,
-        "forward, by level, graph": replayed(setting, levels),
+        "forward, by level, graph": setting.replayed(levels),
         "forward with statistics": partial(forward, z, codebooks, True),
         "backward": partial(
             residual_quantize_backward, z[None, None], losses, losses, z[None, None], codebooks[None], indices,
             "straight_through", True,
         ),
     }  # fmt: skip
-    try:
-        peer = peers.lucidrains_residual(z.shape[1], codebooks.shape[1], len(codebooks), setting.device)
-    except ImportError:
+    peer = next(peer for peer in RESIDUAL["residual"] if peer.name == "lucidrains")
+    if unavailable(peer.module, peer.package):
         return contenders
-    return contenders | {"lucidrains forward, eval": lambda: peer(z[None])}
+    return contenders | {"lucidrains forward, eval": peer.prepare(z, codebooks)}

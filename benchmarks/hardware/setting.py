@@ -2,10 +2,10 @@
 
 import datetime
 import os
-import platform
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 import triton
 
-import vqkernels
 from vqkernels.backends import gpu, registry, table
 from vqkernels.backends import triton as kernels
+from vqkernels.bench import gpu as bench_gpu
+from vqkernels.bench import machine
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass
 class Setting:
-    """What every step is told."""
+    """What every stage is given."""
 
     device: torch.device
     dry: bool
@@ -38,6 +39,14 @@ class Setting:
     def size(self, full: T, tiny: T) -> T:
         """A size for the GPU, or the rehearsal's."""
         return tiny if self.dry else full
+
+    def times(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
+        """Of everyone in turn, as in `bench.gpu`; none is kept in a rehearsal."""
+        return bench_gpu.times(contenders, self.device, self.dry)
+
+    def replayed(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """The function as a CUDA graph; as it is in a rehearsal."""
+        return bench_gpu.replayed(function, self.device)
 
 
 def on_gpu(minutes: float, wheels: Path | None) -> Setting:
@@ -60,22 +69,18 @@ def rehearsal(minutes: float, wheels: Path | None) -> Setting:
 
 def facts(setting: Setting) -> dict[str, Any]:
     """What a reader needs to judge a figure."""
-    told: dict[str, Any] = {
+    found: dict[str, Any] = machine.facts(torch.get_num_threads())
+    found |= {
         "dry run": setting.dry,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "vqkernels": vqkernels.__version__,
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "changed files": _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"),
         "kernels": kernels.source_hash(),
-        "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "cpu cores": os.cpu_count(),
     }
     if setting.device.type == "cuda":
         properties = torch.cuda.get_device_properties(setting.device)
-        told |= {
+        found |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -87,7 +92,7 @@ def facts(setting: Setting) -> dict[str, Any]:
                 "triton", gpu.Gpu(0, properties.name, (properties.major, properties.minor))
             )._asdict(),
         }
-    return told
+    return found
 
 
 def _output(*command: str) -> str | None:

@@ -7,11 +7,12 @@ import torch
 
 from vqkernels import reference
 from vqkernels.bench import entropies
+from vqkernels.bench.accuracy import judge
 from vqkernels.bench.cases import CODEBOOKS, Case, default_cases, quick_cases
 from vqkernels.bench.entropies import ENTROPY
 from vqkernels.bench.layers import TRAINING, OneHotQuantizer
 from vqkernels.bench.peers import SEARCH, too_large, unavailable
-from vqkernels.bench.stacks import RESIDUAL, judge_stack
+from vqkernels.bench.stacks import RESIDUAL
 from vqkernels.nn import VectorQuantizer
 
 
@@ -128,6 +129,6 @@ def test_a_stack_starts_from_the_codes_and_finds_them(kind, peer):
     z = codebooks[0, chosen[:, 0]] + codebooks[1, chosen[:, 1]] + 1e-3 * torch.randn(300, 16)
     answers = {peer.name: peer.prepare(z, codebooks)()}
     assert answers[peer.name].equal(reference.residual_vector_quantize(z, codebooks)[1])
-    assert judge_stack(z, codebooks, answers) == ({peer.name: 0}, 300)
+    assert judge(z, codebooks, answers).wrong == {peer.name: 0}
     answers[peer.name][:, 1] = (answers[peer.name][:, 1] + 1) % 40
-    assert judge_stack(z, codebooks, answers) == ({peer.name: 300}, 300)
+    assert judge(z, codebooks, answers).wrong == {peer.name: 300}

@@ -8,11 +8,14 @@ import time
 
 import pytest
 import torch
+from pages import ROOT, shown
 
 from vqkernels.bench import entropies, report, run
 from vqkernels.bench.cases import Case
 from vqkernels.bench.run import Effort, Result, WrongIndex
 from vqkernels.bench.timing import Timing
+from vqkernels.cli.bench import _MARKS
+from vqkernels.cli.bench import run as command
 
 CASE = Case("search", 100, 10, 4)
 FACTS = {"processor": "P", "threads": "1", "SIMD level": "avx2", "torch": "T", "vqkernels": "V", "commit": "C"}
@@ -36,6 +39,7 @@ def test_the_best_peer_and_where_we_lose():
     lost = report.losses(group)
     assert lost == ["fast is 2.00x faster", "fast needs 8 MB less", "torch.mm alone is 4.00x faster"]
     told = report.text(group, FACTS)
+    assert "P, 1 threads, avx2, torch T, commit C; medians." in told
     assert all(x in told for x in lost) and "unavailable: no; pip install absent" in told and "99.00%" in told
 
 
@@ -106,3 +110,21 @@ def test_the_command_runs_without_any_peer(tmp_path):
         "vqvae",
     }
     assert all(x["wrong"] in ("", "0") for x in rows if x["ours"] == "1")
+
+
+def test_the_table_goes_between_the_marks(tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{_MARKS[0]}\nold\n{_MARKS[1]}\nafter\n")
+    assert command(["--quick", "--only", "vqvae", "--threads", "1", "--readme", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{_MARKS[0]}\n") and text.endswith(f"|\n{_MARKS[1]}\nafter\n")
+    assert "old" not in text and "one-hot layer" in text
+    page.write_text("no marks")
+    with pytest.raises(SystemExit):
+        command(["--quick", "--readme", str(page)])
+    assert "has no line '<!-- vqkernels bench -->'" in capsys.readouterr().err
+
+
+def test_the_page_shows_a_committed_run():
+    """What stands between a page's marks is copied from the committed report, by `--readme`."""
+    assert shown(_MARKS) in (ROOT / "benchmarks" / "results" / "cpu.md").read_text()

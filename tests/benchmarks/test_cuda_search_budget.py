@@ -1,6 +1,5 @@
 """The budget of the CUDA search: the committed table, its limits, and that one more instruction would be noticed."""
 
-import ast
 import json
 import re
 import shutil
@@ -9,7 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import cuda_search_budget as budget
+from benchmarks.budgets import cuda
+from benchmarks.budgets import cuda_search as budget
 
 TABLE = json.loads(budget.TABLE.read_text())
 LINES = TABLE["kernels"]
@@ -18,10 +18,10 @@ NAMES = ("search D=16", "search D=32", "search D=64", "search D=128", "search D>
 
 
 def needs_the_tables_nvcc():
-    if budget.nvcc() is None:
+    if cuda.nvcc() is None:
         pytest.skip("nvcc is not found")
-    if budget.nvcc_version() != TABLE["nvcc"]:
-        pytest.skip(f"the table was counted with nvcc {TABLE['nvcc']}, here is {budget.nvcc_version()}")
+    if cuda.release() != TABLE["nvcc"]:
+        pytest.skip(f"the table was counted with nvcc {TABLE['nvcc']}, here is {cuda.release()}")
 
 
 def exceeding(counted):
@@ -36,7 +36,7 @@ def exceeding(counted):
 
 def test_the_table_is_within_the_limits():
     kernels = (*NAMES, "pack", "resolve", "rescore", "gather", "finish")
-    assert set(LINES) == {f"sm_{chip} {name}" for chip in budget.CHIPS for name in kernels}
+    assert set(LINES) == {f"{chip} {name}" for chip in budget.CHIPS for name in kernels}
     assert all(found["stack"] == 0 for found in LINES.values()), "nothing spills"
     for name in NAMES:
         assert LINES[f"sm_90a {name}"]["epilogue"] <= 5.5
@@ -44,7 +44,7 @@ def test_the_table_is_within_the_limits():
         assert LINES[f"sm_90a search D={dim}"]["cycles"] <= 5.5, "products and operand loads included"
     for chip in budget.CHIPS:
         for name in NAMES:
-            found = LINES[f"sm_{chip} {name}"]
+            found = LINES[f"{chip} {name}"]
             assert found["shared"] <= 99 * 1024, "what sm_86 and sm_89 have"
             # two blocks of 128 threads per multiprocessor, by registers (in units of eight) and by shared memory
             assert 2 * 128 * -(-found["registers"] // 8) * 8 <= 65536
@@ -53,20 +53,9 @@ def test_the_table_is_within_the_limits():
     assert [LINES[f"sm_90a {name}"]["products"] for name in NAMES] == [16, 32, 64, 128, 64]
 
 
-def test_the_flags_are_those_of_the_build():
-    source = (budget.ROOT / "cuda_toolkit.py").read_text()
-    (flags,) = [
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CUDA_FLAGS"
-    ]
-    assert ast.literal_eval(flags) == budget.FLAGS
-
-
-def test_the_count_does_not_rise_on_sm_90(monkeypatch):
+def test_the_count_does_not_rise_on_sm_90():
     needs_the_tables_nvcc()
-    monkeypatch.setattr(budget, "SOURCES", ("search",))
-    assert exceeding(budget.table(("90a",))) == []
+    assert exceeding(budget.table(("sm_90a",), sources=("search",))) == []
 
 
 @pytest.mark.slow
@@ -76,7 +65,7 @@ def test_the_count_does_not_rise_elsewhere():
 
 
 @pytest.mark.slow
-def test_one_more_selection_per_score_is_noticed(monkeypatch, tmp_path):
+def test_one_more_selection_per_score_is_noticed(tmp_path):
     """A copy of the sources whose reduction selects every score once more."""
     needs_the_tables_nvcc()
     shutil.copytree(budget.ROOT / "csrc", tmp_path / "csrc")
@@ -85,6 +74,5 @@ def test_one_more_selection_per_score_is_noticed(monkeypatch, tmp_path):
     text, found = re.subn(score, r"lowest = fminf(lowest, scale[h] > 0.5f ? \1 : 1.0f);", path.read_text())
     assert found == 2
     path.write_text(text)
-    monkeypatch.setattr(budget, "SOURCES", ("search",))
-    noticed = exceeding(budget.table(("90a",), tmp_path))
+    noticed = exceeding(budget.table(("sm_90a",), tmp_path, ("search",)))
     assert {f"sm_90a search D={dim}" for dim in (16, 32, 64)} <= {one.split(":")[0] for one in noticed}

@@ -78,11 +78,11 @@ def test_the_full_model_is_rehearsed_with_the_losses_of_the_usual_one(monkeypatc
     """Alone: with the package's own operators, every flag but those that compile."""
     import torch
 
-    from benchmarks.hardware import full_model
+    from benchmarks.hardware import models
     from benchmarks.hardware.setting import Setting
 
     setting = Setting(torch.device("cpu"), True, 1e12)
-    rows = list(full_model.full_model(setting))
+    rows = list(models.full_model(setting))
     assert [row["what"].partition(": ")[2] for row in rows] == [
         "VQ-VAE training step",
         "prior training step",
@@ -92,8 +92,8 @@ def test_the_full_model_is_rehearsed_with_the_losses_of_the_usual_one(monkeypatc
         assert row["ok"], row
         assert {"usual", "no flag", "channels last", "bfloat16", "float16"} <= set(row["times"])
         assert all(entry == {"rehearsed": True} for entry in row["times"].values()), row
-    monkeypatch.setattr(full_model, "usual_vqvae", lambda model: copy.deepcopy(model).apply(_moved))
-    row = next(iter(full_model.full_model(setting)))
+    monkeypatch.setattr(models, "usual_vqvae", lambda model: copy.deepcopy(model).apply(_moved))
+    row = next(iter(models.full_model(setting)))
     assert row["ok"] is False and "times" not in row
 
 

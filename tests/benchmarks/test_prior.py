@@ -6,15 +6,11 @@ import pytest
 import torch
 
 
-def test_a_quick_run_writes_figures_table_and_plot(tmp_path, capsys):
+def test_a_quick_run_writes_figures_table_and_plot(tmp_path, capsys, threads):
     pytest.importorskip("matplotlib")
     from benchmarks import prior
 
-    before = torch.get_num_threads()
-    try:
-        prior.main(["--quick", "--threads", "1", "--out", str(tmp_path / "prior.json")])
-    finally:
-        torch.set_num_threads(before)
+    prior.main(["--quick", "--threads", "1", "--out", str(tmp_path / "prior.json")])
     result = json.loads((tmp_path / "prior.json").read_text())
     (cell,), (step,) = result["sampling"], result["training"]
     assert cell["times_plain"] == cell["seconds"]["plain"] / cell["seconds"]["cached"] > 0
@@ -26,14 +22,10 @@ def test_a_quick_run_writes_figures_table_and_plot(tmp_path, capsys):
     assert "× plain" in capsys.readouterr().out
 
 
-def test_training_alone_can_be_measured(tmp_path):
+def test_training_alone_can_be_measured(tmp_path, threads):
     from benchmarks import prior
 
-    before = torch.get_num_threads()
-    try:
-        prior.main(["--quick", "--training-only", "--threads", "1", "--out", str(tmp_path / "training.json")])
-    finally:
-        torch.set_num_threads(before)
+    prior.main(["--quick", "--training-only", "--threads", "1", "--out", str(tmp_path / "training.json")])
     result = json.loads((tmp_path / "training.json").read_text())
     assert result["sampling"] == [] and result["training"][0]["times_masked"] > 0
     assert "times the masked model" in (tmp_path / "training.md").read_text()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from vqkernels.bench import swapped_memory
-from vqkernels.bench.subject import Subject
-from vqkernels.bench.swapped import Pair, difference
-from vqkernels.bench.swapped_memory import Peaks
+from vqkernels.bench import model_memory
+from vqkernels.bench.model_memory import Peaks
+from vqkernels.bench.model_pair import ModelPair, difference
+from vqkernels.bench.user_model import UserModel
 from vqkernels.cli import main
 from vqkernels.cli.swap import run, verdict
 
@@ -110,7 +110,7 @@ PEER = "diffusers.models.autoencoders.vae.VectorQuantizer -> vqkernels.dropin.di
     ],
 )
 def test_the_report(models, capsys, monkeypatch, name, first, compared, kind):
-    monkeypatch.setattr(swapped_memory, "measure", lambda spec, threads: Peaks((30.4, 20.0), (12.0, 1.6)))
+    monkeypatch.setattr(model_memory, "measure", lambda spec, threads: Peaks((30.4, 20.0), (12.0, 1.6)))
     assert run([f"{models}:{name}", "--quick", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == first
@@ -151,7 +151,7 @@ def test_wrong_arguments(capsys, arguments):
 
 
 def test_memory_that_cannot_be_measured_is_said_to_be_so(models, capsys, monkeypatch):
-    monkeypatch.setattr(swapped_memory, "measure", lambda spec, threads: None)
+    monkeypatch.setattr(model_memory, "measure", lambda spec, threads: None)
     assert run([f"{models}:small", "--quick", "--threads", "1"]) == 0
     assert "memory     not measured: it needs Linux" in capsys.readouterr().out
 
@@ -160,40 +160,40 @@ def test_memory_that_cannot_be_measured_is_said_to_be_so(models, capsys, monkeyp
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are reset through /proc")
 def test_memory_before_and_after(models):
     """The peer's distances of 4,096 rows to 4,096 codes are 67 MB; ours are never there."""
-    peaks = swapped_memory.measure(f"{models}:large", 1)
+    peaks = model_memory.measure(f"{models}:large", 1)
     assert peaks.quantizers[0] > 60 and peaks.quantizers[1] < 20
     assert peaks.step[0] - peaks.step[1] > 40
-    assert swapped_memory.measure(f"{models}:missing", 1) is None
+    assert model_memory.measure(f"{models}:missing", 1) is None
 
 
 def test_the_calls_of_the_quantizers_are_recorded(models):
     import importlib
 
     model, inputs = importlib.import_module(models).small()
-    pair = Pair(Subject(model, (inputs,), lambda output: output[1]), _never)
-    before = {key: value.clone() for key, value in pair.theirs.state_dict().items()}
+    pair = ModelPair(UserModel(model, (inputs,), lambda output: output[1]), _never)
+    before = {key: value.clone() for key, value in pair.original.state_dict().items()}
     (call,) = pair.calls()
     assert (call.path, call.method, call.indices) == ("0.quantizer", "forward", 64)
     assert call.arguments[0].shape == (1, 8, 8, 8) and call.arguments[0].requires_grad
     assert pair.differing([call]) == (0, 64)
-    for holder in (pair.theirs, pair.ours):
+    for holder in (pair.original, pair.swapped):
         pair.alone(holder, [call])()
         assert holder[0].quantizer.embedding.weight.grad.any()
         assert "forward" not in holder[0].quantizer.__dict__ and holder[0].quantizer.training
-    assert all(value.equal(before[key]) for key, value in pair.theirs.state_dict().items())
+    assert all(value.equal(before[key]) for key, value in pair.original.state_dict().items())
     with torch.no_grad():
-        pair.ours[0].quantizer.embedding.weight.mul_(-1)
+        pair.swapped[0].quantizer.embedding.weight.mul_(-1)
     assert pair.differing([call])[0] > 0
 
 
 def test_recording_leaves_a_moving_codebook_where_it_was():
     lucidrains = pytest.importorskip("vector_quantize_pytorch")
     model = nn.Sequential(nn.Linear(4, 8), lucidrains.VectorQuantize(dim=8, codebook_size=16))
-    pair = Pair(Subject(model, (torch.randn(2, 30, 4),), lambda output: output[2]), _never)
+    pair = ModelPair(UserModel(model, (torch.randn(2, 30, 4),), lambda output: output[2]), _never)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     (call,) = pair.calls()
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
-    pair.alone(pair.theirs, [call])()
+    pair.alone(pair.original, [call])()
     assert not model[1].codebook.equal(before["1._codebook.embed"][0])
 
 
@@ -206,10 +206,10 @@ def test_comparing_leaves_the_model_as_it_was(models):
 
     model, inputs = importlib.import_module(models).small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    pair = Pair(Subject(model, (inputs,), lambda output: output[1]), _never)
+    pair = ModelPair(UserModel(model, (inputs,), lambda output: output[1]), _never)
     pair.compare()
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
-    assert type(model.quantizer).__module__.startswith("diffusers") and pair.theirs[0] is model
+    assert type(model.quantizer).__module__.startswith("diffusers") and pair.original[0] is model
 
 
 def test_differences_are_seen():
@@ -234,8 +234,8 @@ def test_a_wrong_swap_is_seen():
         def forward(self, z):
             return self.quantizer(z)[1]
 
-    pair = Pair(Subject(Loss(), (torch.randn(1, 4, 8, 8),), lambda output: output), _never)
-    pair.ours[0].quantizer.beta = 0.5
+    pair = ModelPair(UserModel(Loss(), (torch.randn(1, 4, 8, 8),), lambda output: output), _never)
+    pair.swapped[0].quantizer.beta = 0.5
     assert all(difference.floats > 0.01 for difference in pair.compare().values())
 
 

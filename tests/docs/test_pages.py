@@ -45,6 +45,7 @@ NOT_RUN = {
     "vqkernels swap": "needs a model of the reader's; tests/cli/test_swap.py has some",
     "vqkernels compare": "takes minutes; tests/cli/test_compare.py runs a short one",
     "python -m benchmarks": "takes minutes to hours; tests/benchmarks runs them on less",
+    "python -m studies": "takes minutes to hours; tests/studies runs them on less",
     "pytest benchmarks": "takes a minute",
 }
 # Every training of a page is shortened to this length and size.

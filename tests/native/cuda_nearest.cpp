@@ -117,7 +117,7 @@ void cuda_limits(const Problem* problem, float radius, float spread, int left_ou
     out[i] = limit_of(call, Extent{radius, spread, left_out != 0}, best[i], norm[i], error[i]);
 }
 
-// What benchmarks/cuda_search_budget.py says of shared memory.
+// What benchmarks/budgets/cuda_search.py says of shared memory.
 int cuda_search_shared_bytes(int slice, int streamed) { return search_shared_bytes(slice, streamed != 0); }
 
 int64_t cuda_lookup_workspace(const Problem* problem) { return lookup_bytes(*problem); }

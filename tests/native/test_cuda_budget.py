@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from benchmarks import cuda_budget
+from benchmarks.budgets import cuda
 
-TABLE = json.loads(cuda_budget.TABLE.read_text())
-CHIPS = [pytest.param(chip, marks=() if chip == "sm_90a" else pytest.mark.slow) for chip in cuda_budget.CHIPS]
+TABLE = json.loads(cuda.TABLE.read_text())
+CHIPS = [pytest.param(chip, marks=() if chip == "sm_90a" else pytest.mark.slow) for chip in cuda.CHIPS]
 REGISTERS = 65536  # of a multiprocessor
 # threads, and blocks of which a multiprocessor must hold so many
 BLOCKS = {
@@ -18,17 +18,17 @@ BLOCKS = {
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_kernels_stay_within_the_table(chip):
-    if cuda_budget.nvcc() is None:
+    if cuda.nvcc() is None:
         pytest.skip("nvcc is not found")
-    if cuda_budget.release() != TABLE["nvcc"]:
-        pytest.skip(f"the table is of nvcc {TABLE['nvcc']}, here is {cuda_budget.release()}")
-    found = cuda_budget.table((chip,))[chip]
+    if cuda.release() != TABLE["nvcc"]:
+        pytest.skip(f"the table is of nvcc {TABLE['nvcc']}, here is {cuda.release()}")
+    found = cuda.table((chip,))[chip]
     assert set(found) == set(TABLE[chip])
     for name, numbers in found.items():
         assert all(value <= TABLE[chip][name][key] for key, value in numbers.items()), (name, numbers)
 
 
-@pytest.mark.parametrize("chip", cuda_budget.CHIPS)
+@pytest.mark.parametrize("chip", cuda.CHIPS)
 def test_the_table_spills_nothing_and_fills_the_multiprocessor(chip):
     for name, numbers in TABLE[chip].items():
         assert numbers["spilled"] == numbers["stack"] == 0, name
@@ -47,4 +47,4 @@ ptxas info    : Function properties for _ZN9vqkernels4cuda14program_kernelINS0_1
 ptxas info    : Used 40 registers, used 1 barriers, 512 bytes smem
 """
     numbers = {"registers": 40, "spilled": 12, "stack": 16, "shared": 512}
-    assert cuda_budget.parse(told) == {"WriteBorders": numbers}
+    assert cuda.readable(cuda.parse(told)) == {"WriteBorders": numbers}

@@ -25,22 +25,30 @@ class Accuracy:
 
 
 def contract(z: Tensor, codebook: Tensor) -> Tensor:
-    """`reference.nearest` in pieces that fit in memory."""
-    return torch.cat([reference.nearest(part, codebook) for part in z.split(max(1, _CHUNK // len(codebook)))])
+    """The reference's indices `(N,)`, or `(N, Q)` of a stack of codebooks, in pieces that fit in memory."""
+    parts = z.split(max(1, _CHUNK // codebook.shape[-2]))
+    if codebook.dim() == 3:
+        return torch.cat([reference.residual_vector_quantize(part, codebook)[1] for part in parts])
+    return torch.cat([reference.nearest(part, codebook) for part in parts])
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """The rows whose indices are not all the same."""
+    return (one != other).view(len(one), -1).any(1)
 
 
 def judge(z: Tensor, codebook: Tensor, answers: dict[str, Tensor]) -> Accuracy:
-    """Compare the indices `(N,)` of all contenders with the contract."""
+    """Compare everyone's indices, `(N,)` or `(N, Q)`, with the contract."""
     affordable = int(max(64, min(len(z), _SCORES / codebook.numel())))
     first, *others = answers.values()
     disputed = torch.zeros(len(z), dtype=torch.bool)
     for other in others:
-        disputed |= other != first
+        disputed |= _differ(other, first)
     generator = torch.Generator().manual_seed(0)
     sample = torch.randperm(len(z), generator=generator)[:affordable]
     contested = disputed.nonzero()[:, 0]
     contested = contested[torch.randperm(len(contested), generator=generator)[:affordable]]
     rows = torch.cat([sample, contested]).unique()
     truth = contract(z[rows], codebook)
-    wrong = {name: int((answer[rows] != truth).sum()) for name, answer in answers.items()}
+    wrong = {name: int(_differ(answer[rows], truth).sum()) for name, answer in answers.items()}
     return Accuracy(wrong, len(rows), len(contested))

@@ -34,7 +34,7 @@ class Layer:
     def prepare(self, z: Tensor, codebook: Tensor) -> Step:
         forward, parameters = self.build(codebook.clone())
         rows = z.detach().clone().requires_grad_()
-        incoming = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)) / z.numel()
+        incoming = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z.device) / z.numel()
         optimizer = torch.optim.SGD(parameters, lr=1e-3) if parameters else None
 
         def step() -> Tensor:
@@ -95,13 +95,17 @@ class OneHotQuantizer(nn.Module):
         return quantized.movedim(-1, self.channel_dim), indices.view(channels_last.shape[:-1]), loss
 
 
-def _ours(ema_decay: float | None) -> Callable[[Tensor], tuple[Forward, list[Tensor]]]:
+def ours_trained(ema_decay: float | None, backend: str = "auto") -> Layer:
+    """Our layer, its codebook trained by moving averages, or by gradient without `ema_decay`."""
+
     def build(codebook: Tensor) -> tuple[Forward, list[Tensor]]:
-        layer = VectorQuantizer(codebook.shape[1], len(codebook), ema_decay=ema_decay)
-        layer.codebook.data.copy_(codebook)
+        layer = VectorQuantizer(codebook.shape[1], len(codebook), ema_decay=ema_decay, backend=backend)
+        layer.to(codebook.device).codebook.data.copy_(codebook)
         return layer, list(layer.parameters())
 
-    return build
+    if ema_decay is None:
+        return Layer("vqkernels", "codebook loss and SGD", build, "vqkernels", ours=True)
+    return Layer("vqkernels EMA", "codebook by moving averages", build, "vqkernels", ours=True)
 
 
 def _lucidrains(learnable: bool) -> Callable[[Tensor], tuple[Forward, list[Tensor]]]:
@@ -109,7 +113,7 @@ def _lucidrains(learnable: bool) -> Callable[[Tensor], tuple[Forward, list[Tenso
         from vector_quantize_pytorch import VectorQuantize
 
         options = {"learnable_codebook": True, "ema_update": False} if learnable else {"decay": 0.99}
-        layer = VectorQuantize(codebook.shape[1], len(codebook), rotation_trick=False, **options)
+        layer = VectorQuantize(codebook.shape[1], len(codebook), rotation_trick=False, **options).to(codebook.device)
         layer._codebook.embed.data.copy_(codebook[None])
         if not learnable:
             layer._codebook.embed_avg.data.copy_(codebook[None])
@@ -145,8 +149,8 @@ def _one_hot(codebook: Tensor) -> tuple[Forward, list[Tensor]]:
 _LUCIDRAINS = ("vector_quantize_pytorch", "vector-quantize-pytorch")
 
 TRAINING: tuple[Layer, ...] = (
-    Layer("vqkernels EMA", "codebook by moving averages", _ours(0.99), "vqkernels", ours=True),
-    Layer("vqkernels", "codebook loss and SGD", _ours(None), "vqkernels", ours=True),
+    ours_trained(0.99),
+    ours_trained(None),
     Layer("lucidrains EMA", "codebook by moving averages, no rotation", _lucidrains(False), *_LUCIDRAINS, matrices=7),
     Layer("lucidrains learnable", "codebook loss and SGD, no rotation", _lucidrains(True), *_LUCIDRAINS, matrices=7),
     Layer(

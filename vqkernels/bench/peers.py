@@ -4,7 +4,9 @@
 that it returns is timed. All get the same float32 rows and codes and give int64 indices `(N,)`.
 """
 
+import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,17 +65,26 @@ def _our_layer(z: Tensor, codebook: Tensor) -> Call:
     return torch.no_grad()(lambda: layer(z)[1])
 
 
+def _addmm_argmin(half: Tensor, z: Tensor, codebook: Tensor) -> Tensor:
+    return torch.addmm(half, z, codebook.T, alpha=-1).argmin(1)
+
+
 def _addmm(z: Tensor, codebook: Tensor) -> Call:
     half = codebook.square().sum(1) / 2
-    return lambda: torch.addmm(half, z, codebook.T, alpha=-1).argmin(1)
+    return lambda: _addmm_argmin(half, z, codebook)
+
+
+def addmm_argmin(z: Tensor, codebook: Tensor) -> Tensor:
+    """The usual search: half squared norms minus products for all pairs, then the smallest of each row."""
+    return _addmm_argmin(codebook.square().sum(1) / 2, z, codebook)
+
+
+def _cdist_argmin(z: Tensor, codebook: Tensor) -> Tensor:
+    return torch.cdist(z, codebook).argmin(1)
 
 
 def _cdist(z: Tensor, codebook: Tensor) -> Call:
-    return lambda: torch.cdist(z, codebook).argmin(1)
-
-
-def _addmm_argmin(half: Tensor, z: Tensor, codebook: Tensor) -> Tensor:
-    return torch.addmm(half, z, codebook.T, alpha=-1).argmin(1)
+    return lambda: _cdist_argmin(z, codebook)
 
 
 def _compiled(z: Tensor, codebook: Tensor) -> Call:
@@ -131,3 +142,43 @@ SEARCH: tuple[Peer, ...] = (
     ),
     Peer("torch.mm alone", "the products, no index: for scale", _mm, searches=False, matrices=1),
 )
+
+
+def _flash_kmeans(z: Tensor, codebook: Tensor) -> Tensor:
+    assign = importlib.import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
+    norms = {"x_sq": z.float().square().sum(1)[None]} if "x_sq" in inspect.signature(assign).parameters else {}
+    return assign(z[None], codebook[None], **norms)[0].long()
+
+
+@functools.cache
+def _rectokens_search() -> Callable[[Tensor, Tensor], Tensor]:
+    before = torch.get_float32_matmul_precision()
+    try:
+        return importlib.import_module("rectokens.ops.nn_quantize").nearest_neighbor_quantize
+    finally:
+        torch.set_float32_matmul_precision(before)  # its import lowers the precision of the whole process
+
+
+def _rectokens(z: Tensor, codebook: Tensor) -> Tensor:
+    return _rectokens_search()(z, codebook)
+
+
+def _called(search: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Call]:
+    return lambda z, codebook: lambda: search(z, codebook)
+
+
+def gpu_search(compiler: str = "inductor") -> tuple[Peer, ...]:
+    """The contenders of the search on a GPU; they take float16 too. One that is not installed raises when it is called.
+
+    Args:
+        compiler: the backend of `torch.compile`.
+    """
+    compiled = {
+        name: _called(torch.compile(function, backend=compiler, dynamic=False))
+        for name, function in (("addmm+argmin, compiled", addmm_argmin), ("cdist+argmin, compiled", _cdist_argmin))
+    }
+    return (
+        *(Peer(name, "index", prepare, slow_start=True, matrices=1) for name, prepare in compiled.items()),
+        Peer("flash-kmeans", "index", _called(_flash_kmeans), "flash_kmeans"),
+        Peer("rectokens", "index", _called(_rectokens), "rectokens"),
+    )

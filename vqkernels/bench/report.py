@@ -8,7 +8,6 @@ from pathlib import Path
 
 from .cases import Case
 from .run import Result
-from .targets import targets
 
 TITLES = {
     "search": "Search: the index of the nearest code of every row",
@@ -31,7 +30,6 @@ _SUMMARY = (
     "where we lose",
 )
 _SHORT = ("", "shape", "ours, ms", "best peer, ms", "ratio", "of torch.mm", "where we lose")
-_TARGETS = ("target, on 2 cores", "goal", "measured", "")
 _MEANS = ("time / ours over all shapes", "geometric mean", "lowest", "shapes")
 _DETAILS = ("contender", "ms [quartiles]", "rounds", "time / ours", "GFLOP/s", "MB", "wrong / checked", "computes")
 
@@ -90,17 +88,20 @@ def text(results: list[Result], facts: dict[str, str]) -> str:
         "",
     ]
     lines += ["## In short", "", short(results, facts), ""]
-    rows = [[x.what, x.goal, x.figure, x.state] for x in targets(by_case(results))]
-    lines += ["## Targets", "", *_table(_TARGETS, rows), ""]
     for kind, title in TITLES.items():
         groups = [(case, group) for case, group in by_case(results) if case.kind == kind]
         if not groups:
             continue
-        lines += [f"## {title}", "", *_table(_SUMMARY, [_summary(case, group) for case, group in groups]), ""]
-        lines += [*_table(_MEANS, _means([group for _, group in groups])), ""]
+        lines += [f"## {title}", "", *markdown(_SUMMARY, [_summary(case, group) for case, group in groups]), ""]
+        lines += [*markdown(_MEANS, _means([group for _, group in groups])), ""]
     lines += ["## Every contender", ""]
     for case, group in by_case(results):
-        lines += [f"### {case.kind}, {case.label}", "", *_table(_DETAILS, [_detail(x, ours(group)) for x in group]), ""]
+        lines += [
+            f"### {case.kind}, {case.label}",
+            "",
+            *markdown(_DETAILS, [_detail(x, ours(group)) for x in group]),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -114,7 +115,7 @@ def short(results: list[Result], facts: dict[str, str]) -> str:
         theirs = f"{peer.contender}, {_middle(peer)}" if peer else "-"
         rows.append([case.kind, case.label, _middle(mine), theirs, *quotients, "; ".join(losses(group)) or "nowhere"])
     machine = f"{facts['processor']}, {facts['threads']} threads, {facts['SIMD level']}, torch {facts['torch']}"
-    return "\n".join([f"{machine}, commit {facts['commit']}; medians.", "", *_table(_SHORT, rows)])
+    return "\n".join([f"{machine}, commit {facts['commit']}; medians.", "", *markdown(_SHORT, rows)])
 
 
 def _middle(result: Result | None) -> str:
@@ -132,10 +133,10 @@ def _summary(case: Case, group: list[Result]) -> list[str]:
     to_best, to_product = ratio(peer, mine), ratio(product, mine)
     return [
         case.label,
-        _milliseconds(mine),
+        str(mine.timing),
         _rate(mine, with_peak=True),
         "-" if mine.decided is None else f"{mine.decided:.2%}",
-        f"{peer.contender}, {_milliseconds(peer)}" if peer else "-",
+        f"{peer.contender}, {peer.timing}" if peer else "-",
         f"{to_best:.2f}x" if to_best else "-",
         f"{to_product:.2f}x" if to_product else "-",
         f"{_megabytes(mine)} / {_megabytes(peer)}",
@@ -166,7 +167,7 @@ def _detail(result: Result, mine: Result | None) -> list[str]:
     quotient = ratio(result, mine)
     return [
         result.contender,
-        _milliseconds(result),
+        str(result.timing),
         str(result.timing.rounds),
         f"{quotient:.2f}" if quotient else "-",
         _rate(result),
@@ -176,18 +177,29 @@ def _detail(result: Result, mine: Result | None) -> list[str]:
     ]
 
 
-def _table(head: Iterable[str], rows: list[list[str]]) -> list[str]:
+def markdown(head: Iterable[str], rows: Iterable[list[str]], *, padded: bool = True) -> list[str]:
+    """The lines of a table; padded, its columns are aligned in the source too."""
     cells = [list(head), *rows]
+    if not padded:
+        first = "|" + "|".join(f" {x} " if x else " " for x in cells[0]) + "|"
+        return [first, "|" + "---|" * len(cells[0]), *("| " + " | ".join(row) + " |" for row in cells[1:])]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
-def _milliseconds(result: Result) -> str:
-    assert result.timing is not None
-    low, middle, high = (1e3 * x for x in (result.timing.low, result.timing.median, result.timing.high))
-    digits = 1 if middle >= 10 else 3
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def put(path: Path, marks: tuple[str, str], text: str | None = None) -> None:
+    """Puts `text` between the marks of a file; without a text, only sees that the marks are there.
+
+    Raises:
+        ValueError: they are not.
+    """
+    before, mark, rest = (path.read_text() if path.is_file() else "").partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (mark and end):
+        raise ValueError(f"{path} has no line '{marks[0]}' followed by a line '{marks[1]}'")
+    if text is not None:
+        path.write_text(f"{before}{mark}\n{text.rstrip()}\n{end}{after}")
 
 
 def _rate(result: Result, *, with_peak: bool = False) -> str:

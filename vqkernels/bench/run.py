@@ -18,7 +18,6 @@ from .contenders import CONTENDERS
 from .entropies import mistake
 from .layers import Layer, OneHotQuantizer
 from .peers import SEARCH, Peer, too_large, unavailable
-from .stacks import judge_stack
 from .timing import Timing, interleave
 
 
@@ -113,7 +112,9 @@ def _case(case: Case, effort: Effort, share: float) -> list[Result]:
     if case.kind == "entropy":
         _refuse_entropies(z, codebook, case)
     else:
-        accuracy, decided = _accuracy(z, codebook, answers)
+        accuracy = judge(z, codebook, answers)
+        if codebook.dim() == 2:
+            decided = float(nearest_code(z, codebook, return_certificate=True)[1])
         _refuse([one.name for one in able if one.ours], accuracy, case)
     timings, peak = interleave(calls, effort.threads, share, effort.least, effort.most, known)
     return [
@@ -132,14 +133,6 @@ def _case(case: Case, effort: Effort, share: float) -> list[Result]:
         )
         for one in contenders
     ]
-
-
-def _accuracy(z: Tensor, codebook: Tensor, answers: dict[str, Tensor]) -> tuple[Accuracy, float | None]:
-    """Wrong rows of all contenders; and for a single search the fraction of rows that our filter decided."""
-    if codebook.dim() == 3:
-        wrong, checked = judge_stack(z, codebook, answers)
-        return Accuracy(wrong, checked, 0), None
-    return judge(z, codebook, answers), float(nearest_code(z, codebook, return_certificate=True)[1])
 
 
 def _refuse(ours: list[str], accuracy: Accuracy, case: Case) -> None:

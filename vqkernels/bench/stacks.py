@@ -6,14 +6,11 @@ All get the same rows and start from the same codes of every level. A call gives
 import torch
 from torch import Tensor, nn
 
-from vqkernels import reference
 from vqkernels.nn import ResidualVectorQuantizer
 from vqkernels.ops.nearest import nearest_code
 
 from .layers import Step
 from .peers import Peer
-
-_CHECKED = 5e8  # at most so many multiplications of the contract per case
 
 
 def _ours(codebooks: Tensor) -> nn.Module:
@@ -28,6 +25,7 @@ def _lucidrains(codebooks: Tensor) -> nn.Module:
 
     levels, size, dim = codebooks.shape
     stack = ResidualVQ(dim=dim, num_quantizers=levels, codebook_size=size, decay=0.99, rotation_trick=False)
+    stack = stack.to(codebooks.device)
     for layer, codes in zip(stack.layers, codebooks, strict=True):
         layer._codebook.embed.data.copy_(codes[None])
         layer._codebook.embed_avg.data.copy_(codes[None])
@@ -66,7 +64,7 @@ def _in_eval(build):
 def _in_training(build):
     def prepare(z: Tensor, codebooks: Tensor) -> Step:
         layer, rows = build(codebooks).train(), z[None].clone().requires_grad_()
-        incoming = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)) / rows.numel()
+        incoming = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)).to(z.device) / rows.numel()
 
         def step() -> Tensor:
             rows.grad = None
@@ -94,11 +92,3 @@ RESIDUAL: dict[str, tuple[Peer, ...]] = {
         ),
     ),
 }
-
-
-def judge_stack(z: Tensor, codebooks: Tensor, answers: dict[str, Tensor]) -> tuple[dict[str, int], int]:
-    """Wrong rows of each contender (an index of `(N, Q)` differs from the contract), and how many rows were checked."""
-    affordable = int(max(64, min(len(z), _CHECKED / codebooks.numel())))
-    sample = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:affordable]
-    truth = reference.residual_vector_quantize(z[sample], codebooks)[1]
-    return {name: int((answer[sample] != truth).any(-1).sum()) for name, answer in answers.items()}, affordable

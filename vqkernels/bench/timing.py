@@ -32,6 +32,12 @@ class Timing:
     high: float
     rounds: int
 
+    def __str__(self) -> str:
+        """Milliseconds."""
+        digits = 1 if self.median >= 0.01 else 3
+        low, middle, high = (f"{1e3 * x:.{digits}f}" for x in (self.low, self.median, self.high))
+        return f"{middle} [{low}, {high}]"
+
 
 def summary(samples: list[float]) -> Timing:
     """Median and quartiles; with fewer than two samples all three are the same."""
@@ -52,6 +58,24 @@ def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         function()
     return (time.perf_counter() - start) / calls
+
+
+def take_turns(
+    contenders: dict[str, Callable[[], Any]],
+    rounds: dict[str, int],
+    clock: Callable[[Callable[[], Any]], float] | None = None,
+) -> dict[str, list[float]]:
+    """Samples of everyone, who runs once in each of the rounds that are given by name.
+
+    Args:
+        clock: runs a function and gives its time; the default one gives seconds of wall-clock.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(max(rounds.values(), default=0)):
+        for name, function in contenders.items():
+            if turn < rounds[name]:
+                samples[name].append(clock(function) if clock else seconds_per_call(function, 1))
+    return samples
 
 
 def interleave(

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import torch
 
-from vqkernels.bench import cases, machine, model, plot, report, subject
+from vqkernels.bench import cases, machine, plot, report
+from vqkernels.bench.prediction import Comparison
 from vqkernels.bench.run import Effort, WrongIndex
 from vqkernels.bench.run import run as run_cases
+from vqkernels.bench.user_model import FACTORY_HELP, ModelError, load
 
 _DESCRIPTION = """
 Measure the kernels beside other libraries on this machine's CPU. A library that is not installed is named and left
 out; pip install 'vqkernels[bench]' installs all. With --model, predict and measure the gain for your model instead.
+"""
+_EPILOG = f"""{FACTORY_HELP.rstrip()}
+The model must hold a quantizer: vqkernels.nn.VectorQuantizer, one that `vqkernels swap` knows, or a module with a
+tensor `codebook` (K, D), an int `channel_dim`, and forward(z) -> (quantized, indices, loss). A peer's is replaced by
+vqkernels; our own is compared with the usual one-hot layer in its place.
 """
 _MARKS = ("<!-- vqkernels bench -->", "<!-- end of vqkernels bench -->")
 _CPU = "cpu"  # the kind of machine that the cases run on; names the files
@@ -24,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="vqkernels bench",
         description=_DESCRIPTION,
-        epilog=subject.HELP,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="measure this model instead; see below")
@@ -38,8 +45,11 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.threads < 1 or options.minutes <= 0:
         parser.error("--threads and --minutes must be positive")
-    if options.readme is not None and not _has_marks(options.readme):
-        parser.error(f"--readme: {options.readme} has no line '{_MARKS[0]}' followed by a line '{_MARKS[1]}'")
+    if options.readme is not None:
+        try:
+            report.put(options.readme, _MARKS)
+        except ValueError as error:
+            parser.error(f"--readme: {error}")
     _limit_threads(options.threads)
     if options.model is not None:
         return _measure_model(options.model, options.threads, min(60 * options.minutes, 60.0), options.quick)
@@ -65,10 +75,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.out is not None:
         _write(options.out, text, results, facts)
     if options.readme is not None:
-        before, _, rest = options.readme.read_text().partition(_MARKS[0])
-        after = rest.partition(_MARKS[1])[2]
-        table = report.short(results, facts)
-        options.readme.write_text(f"{before}{_MARKS[0]}\n{table}\n{_MARKS[1]}{after}")
+        report.put(options.readme, _MARKS, report.short(results, facts))
     return 0
 
 
@@ -76,21 +83,16 @@ def _measure_model(spec: str, threads: int, seconds: float, quick: bool) -> int:
     """Predict, then measure; returns 2 after a message if the model cannot be measured."""
     least, most = (2, 2) if quick else (5, 25)
     try:
-        pair = model.Pair(subject.load(spec))
-        print("\n".join(pair.shapes()), flush=True)
-        prediction = model.predict(pair, threads, 0.4 * seconds, least, most)
-        measurement = model.measure(pair, threads, 0.6 * seconds, least, most)
-    except subject.ModelError as error:
+        comparison = Comparison(load(spec), lambda: load(spec))
+        print("\n".join(comparison.quantizers()), flush=True)
+        prediction = comparison.predict(threads, 0.4 * seconds, least, most)
+        measurement = comparison.measure(threads, 0.6 * seconds, least, most)
+    except ModelError as error:
         print(f"vqkernels bench: {error}", file=sys.stderr)
         return 2
     print(f"step = forward, loss, backward, Adam; {threads} threads; milliseconds are medians [quartiles]")
-    print(model.report(pair, prediction, measurement))
+    print(comparison.report(prediction, measurement))
     return 0
-
-
-def _has_marks(path: Path) -> bool:
-    text = path.read_text() if path.is_file() else ""
-    return _MARKS[1] in text.partition(_MARKS[0])[2]
 
 
 def _limit_threads(threads: int) -> None:

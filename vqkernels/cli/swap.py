@@ -11,24 +11,17 @@ from collections.abc import Sequence
 
 import torch
 
-from vqkernels.bench import swapped_memory
-from vqkernels.bench.model import WORTH_IT
-from vqkernels.bench.subject import ModelError, load
-from vqkernels.bench.swapped import Pair
-from vqkernels.bench.timing import Timing
+from vqkernels.bench import model_memory
+from vqkernels.bench.model_pair import WORTH_IT, ModelPair
+from vqkernels.bench.user_model import FACTORY_HELP, ModelError, load
 
 _DESCRIPTION = """
 Build your model, swap the quantizers of a copy, and report: what is swapped, how near the results stay, how much faster
 a step is, and how much memory it needs. Your files do not change. To swap for good, add one line to your code:
   vqkernels.swap_quantizers(model)
 """
-_HELP = """
-PACKAGE.MODULE:FACTORY is imported from the current folder or from installed packages. FACTORY() returns the model, or
-(model, inputs), or (model, inputs, loss):
-  inputs  a tensor, or a tuple of the arguments of one forward pass; default: model.example_inputs()
-  loss    a function from the model's output to a 0-d tensor; default: model.example_loss(output), and without that
-          the sum of the mean squares of all floating tensors in the output
-A step is forward, loss, backward and Adam. If no output has a gradient, it is forward in eval mode.
+_HELP = f"""{FACTORY_HELP.rstrip()}
+A step is forward, loss, backward and Adam; of a model that returns nothing with a gradient, forward in eval mode.
 """
 
 
@@ -59,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     least, most = (2, 2) if options.quick else (5, 25)
     try:
-        pair = Pair(load(options.model), lambda: load(options.model))
+        pair = ModelPair(load(options.model), lambda: load(options.model))
         print("\n".join(_without_holder(str(entry)) for entry in pair.report), flush=True)
         if not pair.report.swapped:
             raise ModelError("no quantizer was swapped")
@@ -70,14 +63,14 @@ def run(arguments: Sequence[str]) -> int:
         print(f"vqkernels swap: {error}", file=sys.stderr)
         return 2
     kind = "step" if pair.trains else "forward"
-    peaks = swapped_memory.measure(options.model, options.threads)
-    print(f"{kind:<10} {_ms(theirs)} ms before, {_ms(ours)} ms after; medians [quartiles] of {ours.rounds} rounds")
+    peaks = model_memory.measure(options.model, options.threads)
+    print(f"{kind:<10} {theirs} ms before, {ours} ms after; medians [quartiles] of {ours.rounds} rounds")
     print(f"{'memory':<10} {_memory(peaks, kind)}")
     print(f"{'verdict':<10} {verdict(theirs.median / ours.median)}")
     return 0
 
 
-def _memory(peaks: swapped_memory.Peaks | None, kind: str) -> str:
+def _memory(peaks: model_memory.Peaks | None, kind: str) -> str:
     if peaks is None:
         return "not measured: it needs Linux, and a model that can be made again in another process"
     whole, alone = (f"{before:.0f} MB before, {after:.0f} MB after" for before, after in (peaks.step, peaks.quantizers))
@@ -86,9 +79,3 @@ def _memory(peaks: swapped_memory.Peaks | None, kind: str) -> str:
 
 def _without_holder(line: str) -> str:
     return line.removeprefix("0.") if line.startswith("0.") else f"the model{line.removeprefix('0')}"
-
-
-def _ms(timing: Timing) -> str:
-    low, middle, high = (1e3 * x for x in (timing.low, timing.median, timing.high))
-    digits = 1 if middle >= 10 else 3
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.options import QuantizeOptions, SearchOptions
+from ..reference import METRICS as METRICS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-METRICS = ("euclidean", "dot", "cosine")
 GRADIENTS = ("straight_through", "rotation")
 PRECISIONS = ("exact", "fast")
 

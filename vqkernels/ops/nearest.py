@@ -71,7 +71,7 @@ def nearest_code(
         precision: "exact" obeys the contract of `vqkernels.reference`: the index is the lowest that minimises the
             float64 score, on every backend, thread count and batch split. "fast" takes the minimum of the filter's
             native arithmetic, which may differ where two codes are nearly equally near. Wrong indices among 65,536
-            float32 rows (K = 512 to 8192, D = 32 to 256; `python -m benchmarks.fast_precision`): on the CPU, whose
+            float32 rows (K = 512 to 8192, D = 32 to 256; `python -m studies.fast_precision`): on the CPU, whose
             filter is float32, none; in the Triton backend, whose filter rounds to fp16, at most 8 in 10,000 on Gaussian
             rows and codes, about 5 in 10,000 with a k-means codebook, none on well separated clusters; no chosen code's
             squared distance is more than 0.05 % above the nearest's. The Triton figures are simulated on a CPU with the

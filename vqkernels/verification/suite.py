@@ -21,11 +21,11 @@ from torch import Tensor
 from .. import reference
 from ..backends import counter
 from ..backends.table import serves
-from ..ops.checks import METRICS
 from ..ops.nearest import nearest_code
 from ..ops.quantize import quantize_with_statistics, vector_quantize
 from ..ops.sample import sample_code
 from ..ops.statistics import codebook_statistics
+from ..reference import METRICS
 from . import entropy, residual
 from .adversaries import ADVERSARIES
 from .layouts import LAYOUTS, flat, flat_rows

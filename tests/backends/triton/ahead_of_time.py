@@ -31,7 +31,8 @@ import torch
 import triton
 from regimes import Regime
 
-from benchmarks.triton_budget import CHIPS, MATRIX, Launch, compile_launch, instructions, recorded
+from benchmarks.budgets.launches import CHIPS, Launch, compile_launch, recorded
+from benchmarks.budgets.machine_code import MATRIX, instructions
 from vqkernels.backends.triton.nearest import nearest
 from vqkernels.backends.triton.quantize import lookup, quantize, quantize_backward
 from vqkernels.backends.triton.residual import residual_quantize, residual_quantize_backward

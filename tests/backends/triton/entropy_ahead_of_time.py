@@ -22,7 +22,7 @@ import regimes
 import torch
 from regimes import BRAIN, DOUBLE, FLOAT, HALF, Regime
 
-from benchmarks.triton_budget import CHIPS, Launch, compile_launch, recorded
+from benchmarks.budgets.launches import CHIPS, Launch, compile_launch, recorded
 from vqkernels.backends.triton.entropy import entropy, entropy_backward
 
 SWEEPS = {"partition_kernel", "mean_kernel", "shift_kernel", "gradient_kernel"}

@@ -6,7 +6,7 @@ heads: every triple (z dtype, codebook dtype, metric) on one chip, every pair of
 (`element_regimes`). `sweep` is far wider, too wide to compile; `ahead_of_time.py --unseen` compares what the compiler
 is told about single arguments there and here.
 
-Everything is called on meta tensors with the launch intercepted (benchmarks/triton_budget.py): no memory, no GPU.
+Everything is called on meta tensors with the launch intercepted (benchmarks/budgets/launches.py): no memory, no GPU.
 """
 
 import itertools

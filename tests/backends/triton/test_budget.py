@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import triton_budget
+from benchmarks.budgets import search
 from vqkernels.backends.triton import configs
 
 ROOT = Path(__file__).parents[3]
@@ -22,7 +22,7 @@ TOLERANCE = 0.1
 def measure(*chips, source=None):
     """The table as counted now, from the package or from a changed copy of its search kernel."""
     code = (
-        "import json, sys; from benchmarks import triton_budget as b\n"
+        "import json, sys; from benchmarks.budgets import search as b\n"
         "chips = [tuple(c) for c in json.loads(sys.argv[1])]\n"
         "print(json.dumps(b.table(chips)))"
     )
@@ -102,19 +102,19 @@ SLICED = ("MOV", "o:", "FADD", "HMMA", "i:", "HMMA", "HMMA", "LDS", "BRA i", "FM
 
 @pytest.mark.parametrize(("products", "trips"), [(3, 1), (7, 3)])
 def test_a_sliced_tile_counts_its_inner_loop_as_often_as_it_runs(products, trips):
-    counts = triton_budget.tile_pass(sass(*SLICED), products)
+    counts = search.tile_pass(sass(*SLICED), products)
     assert counts == {"FADD": 1, "HMMA": 1 + 2 * trips, "LDS": trips, "BRA": 1 + trips, "FMNMX": 1}
 
 
 def test_a_count_that_does_not_add_up_is_refused():
-    assert triton_budget.tile_pass(sass(*SLICED), 2)["FMNMX"] == 0, "the whole tile in one loop"
+    assert search.tile_pass(sass(*SLICED), 2)["FMNMX"] == 0, "the whole tile in one loop"
     for products in (1, 4, 8):
         with pytest.raises(ValueError, match="do not add up"):
-            triton_budget.tile_pass(sass(*SLICED), products)
+            search.tile_pass(sass(*SLICED), products)
     with pytest.raises(ValueError, match="no loop holds"):
-        triton_budget.tile_pass(sass("MOV", "EXIT"), 4)
+        search.tile_pass(sass("MOV", "EXIT"), 4)
     with pytest.raises(ValueError, match="cannot make a tile of 4"):
-        triton_budget.tile_pass(sass("i:", "HMMA", "BRA i", "EXIT"), 4)
+        search.tile_pass(sass("i:", "HMMA", "BRA i", "EXIT"), 4)
 
 
 def test_the_count_does_not_rise_on_sm_90():

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 from backends.triton.test_budget import needs_the_tables_triton
 
-from benchmarks import entropy_budget
-from benchmarks.triton_budget import Launch
+from benchmarks.budgets import entropy
+from benchmarks.budgets.launches import Launch
 
 ROOT = Path(__file__).parents[3]
 LINES = json.loads((ROOT / "benchmarks" / "results" / "instruction_budget.json").read_text())["entropy"]
@@ -26,7 +26,7 @@ TOLERANCE = 0.3
 def measure(chips, dims, source=None):
     """The table as counted now, from the package or from a changed copy of it."""
     code = (
-        "import json, sys; from benchmarks import entropy_budget as b\n"
+        "import json, sys; from benchmarks.budgets import entropy as b\n"
         "chips, dims = json.loads(sys.argv[1])\n"
         "print(json.dumps(b.table([tuple(c) for c in chips], tuple(dims))))"
     )
@@ -56,7 +56,7 @@ def test_every_sweep_has_its_line():
         f"sm_{chip} {kind} D={dim} {name}"
         for chip in (80, 90, 100)
         for kind in ("fp32", "bf16")
-        for dim in entropy_budget.DIMS
+        for dim in entropy.DIMS
         for name in SWEEPS
     }
     assert all(line["stack"] == 0 for line in LINES.values())
@@ -117,8 +117,8 @@ def test_a_count_without_all_products_is_refused():
     constants = {"BM": 4, "BK": 8, "BD": 2, "PADDED": 4}
     one = Launch(None, {}, constants, {}, {"num_warps": 1}, None)
     program = ["MOV", "o:", "i:", "FFMA", "FFMA", "LDS", "BRA i", "FFMA", "MUFU.EX2", "BRA o", "EXIT"]
-    counts = entropy_budget.tile_counts(sass(*program), one, (9, 0))
+    counts = entropy.tile_counts(sass(*program), one, (9, 0))
     assert counts == {"FFMA": 5, "LDS": 2, "BRA": 3, "MUFU.EX2": 1}
     for wrong in (program[:3] + ["FADD", "FFMA"] + program[5:], program[:8] + ["FADD"] + program[9:]):
         with pytest.raises(ValueError, match="do not add up|FFMAs per score|no loop holds"):
-            entropy_budget.tile_counts(sass(*wrong), one, (9, 0))
+            entropy.tile_counts(sass(*wrong), one, (9, 0))

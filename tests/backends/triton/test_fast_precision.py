@@ -9,7 +9,7 @@ from backends.triton import hostile
 
 pytest.importorskip("triton")
 
-from benchmarks import fast_precision
+from studies import fast_precision
 from vqkernels import reference
 from vqkernels.backends.triton import nearest
 
@@ -46,4 +46,4 @@ def test_the_committed_table_is_complete_and_named_where_it_is_quoted():
         assert line["triton"]["rows"] == line["cpu"]["rows"] == fast_precision.ROWS
         assert line["triton"]["rate"] <= 0.002 and line["cpu"]["rate"] <= 1e-4
     for path in ("docs/kernels.md", "vqkernels/ops/nearest.py"):
-        assert "benchmarks.fast_precision" in (ROOT / path).read_text()
+        assert "studies.fast_precision" in (ROOT / path).read_text()

@@ -1,5 +1,5 @@
 """Tile shapes by regime: a table, not a run-time search, so that the first call is as fast as the last and what ships
-is what was compiled, counted and tested ahead of time (benchmarks/triton_budget.py).
+is what was compiled, counted and tested ahead of time (benchmarks/budgets).
 
 Keyed by architecture family, D bucket and size bucket; both epilogues share the shapes. Families: 80 covers
 sm_8x and sm_12x (mma.sync, at most 99 KiB of shared memory), 90 is Hopper (wgmma, descriptors), 100 is sm_10x (tcgen05,

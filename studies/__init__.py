@@ -1,0 +1,1 @@
+"""Finished experiments: each a script, run once, with its results in studies/results."""
