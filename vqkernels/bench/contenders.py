@@ -1,9 +1,9 @@
 """Who is timed at cases of each kind; of a VQ-VAE step that is models, see `run`."""
 
-from .entropies import ENTROPY
+from .entropy_peers import ENTROPY
 from .layers import TRAINING, Layer
 from .peers import SEARCH, Peer
-from .stacks import RESIDUAL
+from .residual_peers import RESIDUAL
 
 CONTENDERS: dict[str, tuple[Peer | Layer, ...]] = {
     "search": SEARCH,
