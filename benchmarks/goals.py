@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vqkernels.bench.cases import Case, default_cases
-from vqkernels.bench.entropies import PLAIN
+from vqkernels.bench.entropy_peers import PLAIN
 from vqkernels.bench.peers import SEARCH
 from vqkernels.bench.report import markdown
 

@@ -1,12 +1,12 @@
 """Everything to be learned from a few minutes on a GPU, in one command.
 
     python -m benchmarks.hardware --minutes 9 --out DIR [--wheels DIR]
-    TRITON_INTERPRET=1 python -m benchmarks.hardware --dry-run --out DIR     (on a CPU: every step, tiny, no times)
+    TRITON_INTERPRET=1 python -m benchmarks.hardware --dry-run --out DIR     (on a CPU: every stage, tiny, no times)
 
 Needs torch, triton, numpy and the source tree, and no network. In this order: correctness, the accumulation model, the
 entropy kernels, the CUDA C++ kernels where they were built (FORCE_CUDA=1 pip install -e .), the benchmark grid, the
 VQ-VAE step, the full model beside the usual one, times of the entropy and the CUDA kernels, open questions. Nothing is
-timed unless everything before was right. Each step has a file of its own, rewritten after every row, so that a run
+timed unless everything before was right. Each stage has a file of its own, rewritten after every row, so that a run
 that is cut off leaves complete files; a summary comes last.
 Returns 0 if everything that ran was right, 1 if not, 2 if there is nothing to run on.
 """
@@ -29,8 +29,8 @@ from benchmarks.hardware.results import Results
 from benchmarks.hardware.setting import Setting, facts, on_gpu, rehearsal
 
 
-class Step(NamedTuple):
-    """One step: its rows, the share of the remaining time it may take, and whether it times anything."""
+class Stage(NamedTuple):
+    """One stage: its rows, the share of the remaining time it may take, and whether it times anything."""
 
     name: str
     rows: Callable[[Setting], Iterator[dict[str, Any]]]
@@ -38,17 +38,17 @@ class Step(NamedTuple):
     timed: bool
 
 
-STEPS = (
-    Step("correctness", correctness, 0.6, False),
-    Step("accumulation", accumulation, 0.3, False),
-    Step("entropy", entropy_correctness, 0.2, False),
-    Step("cuda", cuda_correctness, 0.3, False),
-    Step("grid", grid, 0.6, True),
-    Step("model", model, 0.5, True),
-    Step("full model", full_model, 0.4, True),
-    Step("entropy times", entropy_times, 0.4, True),
-    Step("cuda times", cuda_times, 0.4, True),
-    Step("questions", questions, 1.0, True),
+STAGES = (
+    Stage("correctness", correctness, 0.6, False),
+    Stage("accumulation", accumulation, 0.3, False),
+    Stage("entropy", entropy_correctness, 0.2, False),
+    Stage("cuda", cuda_correctness, 0.3, False),
+    Stage("grid", grid, 0.6, True),
+    Stage("model", model, 0.5, True),
+    Stage("full model", full_model, 0.4, True),
+    Stage("entropy times", entropy_times, 0.4, True),
+    Stage("cuda times", cuda_times, 0.4, True),
+    Stage("questions", questions, 1.0, True),
 )
 
 
@@ -67,41 +67,41 @@ def main() -> int:
     results = Results(options.out, facts(setting))
     lines = [f"{name}: {value}" for name, value in results.facts.items()]
     right = True
-    for step in STEPS:
-        if step.timed and not right:
-            lines.append(f"{step.name}: not run, since something before was wrong")
+    for stage in STAGES:
+        if stage.timed and not right:
+            lines.append(f"{stage.name}: not run, since something before was wrong")
         else:
-            right = run(step, setting, results, lines) and right
+            right = run(stage, setting, results, lines) and right
         results.summary("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
     return 0 if right else 1
 
 
-def run(step: Step, setting: Setting, results: Results, lines: list[str]) -> bool:
-    """Run one step within its share of the time; returns whether everything it looked at was right."""
-    start, until = time.monotonic(), time.monotonic() + step.share * max(setting.left(), 0)
+def run(stage: Stage, setting: Setting, results: Results, lines: list[str]) -> bool:
+    """Run one stage within its share of the time; returns whether everything it looked at was right."""
+    start, until = time.monotonic(), time.monotonic() + stage.share * max(setting.left(), 0)
     right, count, end = True, 0, "complete"
-    rows = step.rows(setting)
+    rows = stage.rows(setting)
     try:
         for row in rows:
             row["after s"] = round(time.monotonic() - start, 1)
-            results.add(step.name, row)
+            results.add(stage.name, row)
             count += 1
             right = right and row.get("ok") is not False and "FALSIFIED" not in row.values()
-            lines.extend(told(row))
+            lines.extend(said(row))
             results.summary("\n".join(lines) + "\n")
             if time.monotonic() > until:
                 end = "cut short by the clock"
                 break
     except Exception as error:  # whatever a chip, a driver or a compiler may do: the files keep what came before
         right, end = False, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        results.add(step.name, {"what": "error", "error": end})
-    lines.append(f"{step.name}: {count} rows, {end}, {'nothing wrong' if right else 'SOMETHING WRONG'}")
+        results.add(stage.name, {"what": "error", "error": end})
+    lines.append(f"{stage.name}: {count} rows, {end}, {'nothing wrong' if right else 'SOMETHING WRONG'}")
     print(lines[-1], flush=True)
     return right
 
 
-def told(row: dict[str, Any]) -> list[str]:
+def said(row: dict[str, Any]) -> list[str]:
     """The row in the summary: what was wrong, and what was timed."""
     if "times" in row:
         shape = " ".join(f"{name}={row[name]}" for name in ("N", "K", "D") if name in row)

@@ -20,7 +20,7 @@ from vqkernels import reference
 from vqkernels.backends.triton import configs
 from vqkernels.backends.triton.residual import residual_quantize, residual_quantize_backward
 from vqkernels.bench.peers import unavailable
-from vqkernels.bench.stacks import RESIDUAL
+from vqkernels.bench.residual_peers import RESIDUAL
 
 CELLS = [(1 << 16, 1024, 64, 8), (1 << 14, 1024, 128, 8), (1 << 14, 1024, 8, 32), (1 << 10, 1024, 64, 8)]
 CHECKED = [(1 << 18, 1024, 64, 4), (1 << 16, 8192, 16, 4), (1 << 16, 1024, 256, 3)]

@@ -7,17 +7,17 @@ from typing import Any
 
 
 class Results:
-    """At most one file per step, each with the facts of the machine and the rows so far."""
+    """At most one file per stage, each with the facts of the machine and the rows so far."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.facts = folder, facts
         self.rows: dict[str, list[dict[str, Any]]] = {}
 
-    def add(self, step: str, row: dict[str, Any]) -> None:
-        """Append a row to the step's file."""
-        self.rows.setdefault(step, []).append(row)
-        self._write(f"{step}.json", json.dumps({"machine": self.facts, "rows": self.rows[step]}, indent=1) + "\n")
+    def add(self, stage: str, row: dict[str, Any]) -> None:
+        """Append a row to the stage's file."""
+        self.rows.setdefault(stage, []).append(row)
+        self._write(f"{stage}.json", json.dumps({"machine": self.facts, "rows": self.rows[stage]}, indent=1) + "\n")
 
     def summary(self, text: str) -> None:
         """Rewrite summary.txt."""

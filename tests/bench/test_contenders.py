@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from vqkernels import reference
-from vqkernels.bench import entropies
+from vqkernels.bench import entropy_peers
 from vqkernels.bench.accuracy import judge
 from vqkernels.bench.cases import CODEBOOKS, Case, default_cases, quick_cases
-from vqkernels.bench.entropies import ENTROPY
+from vqkernels.bench.entropy_peers import ENTROPY
 from vqkernels.bench.layers import TRAINING, OneHotQuantizer
 from vqkernels.bench.peers import SEARCH, too_large, unavailable
-from vqkernels.bench.stacks import RESIDUAL
+from vqkernels.bench.residual_peers import RESIDUAL
 from vqkernels.nn import VectorQuantizer
 
 
@@ -48,7 +48,7 @@ def test_a_peer_finds_the_nearest_code(peer):
 )
 def test_a_peer_computes_both_entropies_and_leaves_the_gradients(peer, monkeypatch):
     z, codebook = torch.randn(50, 6), torch.randn(20, 6)
-    leaves, step = [], entropies._step
+    leaves, step = [], entropy_peers._step
 
     def watched(function, rows, codes):
         def kept(*inputs):
@@ -57,10 +57,10 @@ def test_a_peer_computes_both_entropies_and_leaves_the_gradients(peer, monkeypat
 
         return step(kept, rows, codes)
 
-    monkeypatch.setattr(entropies, "_step", watched)
+    monkeypatch.setattr(entropy_peers, "_step", watched)
     found = peer.prepare(z, codebook)()
     rows, codes = z.double().requires_grad_(), codebook.double().requires_grad_()
-    expected = reference.entropy_loss(rows, codes, entropies.TEMPERATURE)
+    expected = reference.entropy_loss(rows, codes, entropy_peers.TEMPERATURE)
     (expected[0] - expected[1]).backward()
     torch.testing.assert_close(found, torch.stack(expected).detach().float(), rtol=1e-5, atol=1e-5)
     for leaf, exact in zip(leaves, (rows, codes), strict=True):
@@ -69,10 +69,10 @@ def test_a_peer_computes_both_entropies_and_leaves_the_gradients(peer, monkeypat
 
 def test_our_entropies_are_compared_with_the_reference_before_anything_is_timed(monkeypatch):
     z, codebook = torch.randn(50, 6), torch.randn(20, 6)
-    assert entropies.mistake(z, codebook) is None
-    right = entropies._entropy_loss
-    monkeypatch.setattr(entropies, "_entropy_loss", lambda x, e: right(x, e.detach() + 1e-3 * e))
-    assert "is off by" in entropies.mistake(z, codebook)
+    assert entropy_peers.mistake(z, codebook) is None
+    right = entropy_peers._entropy_loss
+    monkeypatch.setattr(entropy_peers, "_entropy_loss", lambda x, e: right(x, e.detach() + 1e-3 * e))
+    assert "is off by" in entropy_peers.mistake(z, codebook)
 
 
 @pytest.mark.parametrize("layer", TRAINING, ids=lambda one: one.name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pages import ROOT, shown
 
-from vqkernels.bench import entropies, report, run
+from vqkernels.bench import entropy_peers, report, run
 from vqkernels.bench.cases import Case
 from vqkernels.bench.run import Effort, Result, WrongIndex
 from vqkernels.bench.timing import Timing
@@ -65,8 +65,8 @@ def test_a_wrong_index_of_ours_ends_the_run(monkeypatch):
 
 
 def test_a_wrong_entropy_of_ours_ends_the_run(monkeypatch):
-    right = entropies._entropy_loss
-    monkeypatch.setattr(entropies, "_entropy_loss", lambda z, e: (1.001 * right(z, e)[0], right(z, e)[1]))
+    right = entropy_peers._entropy_loss
+    monkeypatch.setattr(entropy_peers, "_entropy_loss", lambda z, e: (1.001 * right(z, e)[0], right(z, e)[1]))
     with pytest.raises(WrongIndex, match="N=100 K=10 D=4: the sample entropy is off by 1.0e-03 of its largest element"):
         next(run.run([Case("entropy", 100, 10, 4)], Effort(1, least=1, most=1, quick=True), lambda size: None))
 

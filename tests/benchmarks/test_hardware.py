@@ -63,8 +63,8 @@ def test_nothing_is_timed_after_something_was_wrong(tmp_path, monkeypatch):
     def never(setting):
         raise AssertionError("was timed")
 
-    steps = (room.Step("correctness", wrong, 1, False), room.Step("grid", never, 1, True))
-    monkeypatch.setattr(room, "STEPS", steps)
+    steps = (room.Stage("correctness", wrong, 1, False), room.Stage("grid", never, 1, True))
+    monkeypatch.setattr(room, "STAGES", steps)
     monkeypatch.setattr(room, "rehearsal", lambda *_: room.Setting("cpu", True, 1e12))
     monkeypatch.setattr(room, "facts", lambda _: {"gpu": "none"})
     monkeypatch.setattr(sys, "argv", ["hardware", "--dry-run", "--out", str(tmp_path)])
@@ -117,9 +117,9 @@ def test_an_error_and_the_clock_leave_complete_files(tmp_path, monkeypatch):
 
     results, lines = Results(tmp_path, {"gpu": "none"}), []
     setting = room.Setting("cpu", True, room.time.monotonic() + 0.2)
-    assert not room.run(room.Step("breaks", breaks, 1, False), setting, results, lines)
+    assert not room.run(room.Stage("breaks", breaks, 1, False), setting, results, lines)
     assert [row["what"] for row in json.loads((tmp_path / "breaks.json").read_text())["rows"]] == ["first", "error"]
-    assert room.run(room.Step("endless", endless, 0.5, False), setting, results, lines)
+    assert room.run(room.Stage("endless", endless, 0.5, False), setting, results, lines)
     assert json.loads((tmp_path / "endless.json").read_text())["rows"]
     assert any("cut short by the clock" in line for line in lines)
 

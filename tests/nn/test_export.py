@@ -133,5 +133,5 @@ def test_onnx_refuses_what_belongs_to_training(dynamo):
         def forward(self, z, codebook):
             return vqkernels.sample_code(z, codebook, temperature=1.0, seed=0)
 
-    with pytest.raises(Exception, match="ONNX has nothing for vqkernels.sample.default: export the model in eval mode"):
+    with pytest.raises(Exception, match="ONNX has nothing for vqkernels::sample: export the model in eval mode"):
         torch.onnx.export(Sampled(), (torch.randn(5, 3), torch.randn(4, 3)), io.BytesIO(), dynamo=dynamo, verbose=False)

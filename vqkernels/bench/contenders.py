@@ -1,9 +1,9 @@
 """The contenders of each kind of case. Those of a VQ-VAE step are models: see `run`."""
 
-from .entropies import ENTROPY
+from .entropy_peers import ENTROPY
 from .layers import TRAINING, Layer
 from .peers import SEARCH, Peer
-from .stacks import RESIDUAL
+from .residual_peers import RESIDUAL
 
 CONTENDERS: dict[str, tuple[Peer | Layer, ...]] = {
     "search": SEARCH,

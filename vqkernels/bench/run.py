@@ -15,7 +15,7 @@ from . import memory
 from .accuracy import Accuracy, judge
 from .cases import HIDDEN, IMAGES, SIDE, Case
 from .contenders import CONTENDERS
-from .entropies import mistake
+from .entropy_peers import mistake
 from .layers import Layer, OneHotQuantizer
 from .peers import SEARCH, Peer, too_large, unavailable
 from .timing import Timing, interleave

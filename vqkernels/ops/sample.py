@@ -78,6 +78,6 @@ def sample_code(
     seed = seed_tensor(seed, z.device)
     chosen = registry.resolve(backend, z.device, "sample")
     z, codebook = z.detach(), codebook.detach()
-    if not (isinstance(temperature, Tensor) and torch.compiler.is_compiling()) and temperature == 0:
+    if not (isinstance(temperature, Tensor) and torch.compiler.is_compiling()) and float(temperature) == 0:
         return nearest(chosen, z, codebook, mask, channel_dim, metric, "exact")[0]
     return sample(chosen, z, codebook, seed, mask, channel_dim, metric, divisor, row_offset)
