@@ -17,7 +17,7 @@ from torch import Tensor
 import vqkernels as vq
 from benchmarks.hardware.setting import ROOT, Setting
 from benchmarks.hardware.timing import replayed, times
-from vqkernels.backends import gpu
+from vqkernels.backends import proof
 from vqkernels.verification.adversaries import ADVERSARIES
 from vqkernels.verification.suite import verify
 
@@ -41,7 +41,7 @@ STEP = (1024, 512, 64)
 def absence(setting: Setting) -> str | None:
     """Why these kernels cannot run here, or None. Prepares a rehearsal."""
     if not setting.dry:
-        return gpu.state("cuda", setting.device.index)[0] or None
+        return proof.state("cuda", setting.device.index)[0] or None
     if str(ROOT / "tests") not in sys.path:
         sys.path.append(str(ROOT / "tests"))
     from native import build, cuda_rehearsal  # type: ignore[import-not-found]  # of the source tree, which this needs
@@ -68,8 +68,8 @@ def cuda_correctness(setting: Setting) -> Iterator[Row]:
         yield row
     verdict: Row = {"what": "verdict", "ok": all(row["ok"] is not False for row in rows)}
     if not setting.dry:
-        one = next(gpu_ for gpu_ in gpu.visible() if gpu_.number == setting.device.index)
-        verdict["verification key"] = gpu.key("cuda", one)._asdict()
+        one = next(gpu_ for gpu_ in proof.visible() if gpu_.number == setting.device.index)
+        verdict["verification key"] = proof.key("cuda", one)._asdict()
     yield verdict
 
 

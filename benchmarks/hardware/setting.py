@@ -14,7 +14,7 @@ import torch
 import triton
 
 import vqkernels
-from vqkernels.backends import gpu, registry, table
+from vqkernels.backends import proof, registry, table
 from vqkernels.backends import triton as kernels
 
 ROOT = Path(__file__).parents[2]
@@ -83,8 +83,8 @@ def facts(setting: Setting) -> dict[str, Any]:
             "driver, clocks": _output(
                 "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader"
             ),
-            "verification key": gpu.key(
-                "triton", gpu.Gpu(0, properties.name, (properties.major, properties.minor))
+            "verification key": proof.key(
+                "triton", proof.Gpu(0, properties.name, (properties.major, properties.minor))
             )._asdict(),
         }
     return told
