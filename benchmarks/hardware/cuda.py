@@ -24,7 +24,7 @@ from benchmarks.hardware.checks import (
     with_verdict,
 )
 from benchmarks.hardware.setting import ROOT, Setting
-from vqkernels.backends import gpu
+from vqkernels.backends import proof
 
 SANITIZED = (
     "import torch, vqkernels as vq\n"
@@ -45,7 +45,7 @@ STEP = (1024, 512, 64)
 def absence(setting: Setting) -> str | None:
     """Why these kernels cannot run here, or None. Prepares a rehearsal."""
     if not setting.dry:
-        return gpu.state("cuda", setting.device.index)[0] or None
+        return proof.state("cuda", setting.device.index)[0] or None
     if str(ROOT / "tests") not in sys.path:
         sys.path.append(str(ROOT / "tests"))
     from native import build, cuda_rehearsal  # type: ignore[import-not-found]  # of the source tree, which this needs
@@ -66,8 +66,8 @@ def cuda_correctness(setting: Setting) -> Iterator[Row]:
         return
     more: Row = {}
     if not setting.dry:
-        one = next(gpu_ for gpu_ in gpu.visible() if gpu_.number == setting.device.index)
-        more["verification key"] = gpu.key("cuda", one)._asdict()
+        one = next(gpu_ for gpu_ in proof.visible() if gpu_.number == setting.device.index)
+        more["verification key"] = proof.key("cuda", one)._asdict()
     yield from with_verdict(
         itertools.chain(
             contract(setting, "cuda"),

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
-from vqkernels.backends import gpu, registry, table
+from vqkernels.backends import proof, registry, table
 from vqkernels.backends import triton as kernels
 from vqkernels.bench import gpu as bench_gpu
 from vqkernels.bench import machine
@@ -88,8 +88,8 @@ def facts(setting: Setting) -> dict[str, Any]:
             "driver, clocks": _output(
                 "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader"
             ),
-            "verification key": gpu.key(
-                "triton", gpu.Gpu(0, properties.name, (properties.major, properties.minor))
+            "verification key": proof.key(
+                "triton", proof.Gpu(0, properties.name, (properties.major, properties.minor))
             )._asdict(),
         }
     return found

@@ -12,14 +12,14 @@ import torch
 from native.build import compiler
 
 import vqkernels as vq
-from vqkernels.backends import cpu, cuda, gpu, registry, triton, verified
+from vqkernels.backends import cpu, cuda, proof, registry, triton, verified
 from vqkernels.backends.cuda import statistics
 from vqkernels.cli import verify as command
 from vqkernels.verification import suite
 
 ROOT = Path(__file__).parents[2]
-HOPPER = gpu.Gpu(0, "NVIDIA H200", (9, 0))
-ADA = gpu.Gpu(1, "NVIDIA L4", (8, 9))
+HOPPER = proof.Gpu(0, "NVIDIA H200", (9, 0))
+ADA = proof.Gpu(1, "NVIDIA L4", (8, 9))
 BUILD = {"nvcc": "13.0", "architectures": ["sm_80", "sm_90a"], "source": "0123"}
 
 
@@ -34,9 +34,9 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "_override", "auto")
 
     def having(*gpus):
-        monkeypatch.setattr(gpu, "_states", {})
+        monkeypatch.setattr(proof, "_states", {})
         monkeypatch.setattr(registry, "_choices", {})
-        monkeypatch.setattr(gpu, "visible", lambda: list(gpus))
+        monkeypatch.setattr(proof, "visible", lambda: list(gpus))
 
     return having
 
@@ -49,7 +49,7 @@ def test_auto_takes_the_cuda_kernels_only_where_they_were_verified(machine):
     assert registry.resolve("cuda", "cuda:0", "nearest") == "cuda", "an explicit request needs no verification"
     assert registry.available("cuda:0", "nearest") == ["cuda", "eager"]
     machine(HOPPER, ADA)
-    path = verified.record(gpu.key("cuda", HOPPER), {"gpu": HOPPER.name})
+    path = verified.record(proof.key("cuda", HOPPER), {"gpu": HOPPER.name})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert registry.resolve("auto", "cuda:0", "nearest") == "cuda"
@@ -70,7 +70,7 @@ def test_auto_takes_the_cuda_kernels_only_where_they_were_verified(machine):
 @pytest.mark.parametrize("field", ["capability", "source", "compiler"])
 def test_a_verification_of_something_else_vouches_for_nothing(field, machine):
     machine(HOPPER)
-    verified.record(gpu.key("cuda", HOPPER)._replace(**{field: "other"}), {})
+    verified.record(proof.key("cuda", HOPPER)._replace(**{field: "other"}), {})
     with pytest.warns(RuntimeWarning):
         assert registry.resolve("auto", "cuda", "statistics") == "eager"
 
@@ -79,10 +79,10 @@ def test_triton_goes_first_where_both_were_verified(machine, monkeypatch):
     monkeypatch.setattr(triton, "problem", lambda: None)
     monkeypatch.setattr(triton, "compiler", lambda: "3.6")
     machine(HOPPER)
-    verified.record(gpu.key("cuda", HOPPER), {})
+    verified.record(proof.key("cuda", HOPPER), {})
     assert registry.resolve("auto", "cuda", "nearest") == "cuda"
     machine(HOPPER)
-    verified.record(gpu.key("triton", HOPPER), {})
+    verified.record(proof.key("triton", HOPPER), {})
     assert registry.resolve("auto", "cuda", "nearest") == "triton"
 
 
@@ -108,7 +108,7 @@ def test_a_refusal_is_one_sentence(machine, monkeypatch):
 
 def test_auto_takes_nothing_for_an_operator_that_the_cuda_kernels_lack(machine):
     machine(HOPPER)
-    verified.record(gpu.key("cuda", HOPPER), {})
+    verified.record(proof.key("cuda", HOPPER), {})
     with pytest.warns(RuntimeWarning, match="triton is not installed"):
         assert registry.resolve("auto", "cuda", "entropy") == "eager"
 
@@ -207,8 +207,8 @@ def test_the_command_notes_a_proof(machine, monkeypatch, capsys):
         found = outcome._replace(failures=failures)
         monkeypatch.setattr(command, "verify", lambda backend, device, workers, found=found: iter([found]))
         assert command.run(["--backend", "cuda"]) == int(bool(failures))
-        assert (verified.where(gpu.key("cuda", HOPPER)) is None) == bool(failures)
-    assert verified.where(gpu.key("triton", HOPPER)) is None, "the Triton kernels were not proved"
+        assert (verified.where(proof.key("cuda", HOPPER)) is None) == bool(failures)
+    assert verified.where(proof.key("triton", HOPPER)) is None, "the Triton kernels were not proved"
 
 
 def test_the_suite_claims_what_the_backend_has():

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from vqkernels.backends import gpu, triton, verified
+from vqkernels.backends import proof, triton, verified
 from vqkernels.cli import verify as command
 from vqkernels.ops import entropy, nearest, quantization, quantize, residual, sample, statistics
 from vqkernels.verification.suite import CLAIMS, poisoned_memory, verify
@@ -122,21 +122,21 @@ def test_the_command_proves_a_cpu_backend_and_notes_nothing(tmp_path, monkeypatc
 
 def test_the_command_notes_a_proof_and_only_a_proof(tmp_path, monkeypatch, capsys):
     """A machine with a GPU, acted: the suite runs on the CPU, and the rest of the command is the real one."""
-    one = gpu.Gpu(0, "NVIDIA H200", (9, 0))
+    one = proof.Gpu(0, "NVIDIA H200", (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gpu, "visible", lambda: [one])
+    monkeypatch.setattr(proof, "visible", lambda: [one])
     monkeypatch.setattr(triton, "compiler", lambda: "3.6")
-    monkeypatch.setattr(gpu, "_states", {("triton", 0): ("", "")})
+    monkeypatch.setattr(proof, "_states", {("triton", 0): ("", "")})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "verify", lambda backend, device, workers: verify("eager", CPU, every=50))
     with monkeypatch.context() as fault:
         fault.setattr(statistics, "statistics", broken(statistics.statistics, lost_row))
         assert command.run([]) == 1
     assert "FAILED" in capsys.readouterr().out
-    assert verified.where(gpu.key("triton", one)) is None
+    assert verified.where(proof.key("triton", one)) is None
     assert command.run([]) == 0
     assert "backend='auto' takes these kernels from now on" in capsys.readouterr().out
-    assert verified.where(gpu.key("triton", one)) == str(verified.user_path())
+    assert verified.where(proof.key("triton", one)) == str(verified.user_path())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import cpu, cuda, gpu, triton, verified
+from . import cpu, cuda, proof, triton, verified
 from .cuda import launch as launch  # defines the schemas of the CUDA launchers
 from .table import BACKENDS, operators, serves
 
@@ -72,7 +72,7 @@ def _first(device: torch.device, operator: str | None) -> tuple[str, str]:
     for name, backend in BACKENDS.items():
         if backend.device not in (device.type, None) or not serves(name, operator):
             continue
-        problem, doubt = gpu.state(name, device.index)
+        problem, doubt = proof.state(name, device.index)
         if not problem and not doubt:
             if backend.device is not None or not reasons:
                 return name, ""
@@ -90,7 +90,7 @@ def _refusal(backend: str, device: torch.device, operator: str | None) -> str:
     wanted = BACKENDS[backend].device
     if wanted not in (device.type, None):
         return f'backend "{backend}" computes {str(wanted).upper()} tensors, got a tensor on {device.type}'
-    if problem := gpu.state(backend, device.index)[0]:
+    if problem := proof.state(backend, device.index)[0]:
         return f'backend "{backend}" is unavailable: {problem}'
     if operator is not None and not serves(backend, operator):
         return f'backend "{backend}" has no kernel for "{operator}"; it has {", ".join(operators(backend))}'
@@ -124,7 +124,7 @@ def report() -> list[tuple[str, str]]:
     """What serves on this machine, as (label, text) lines for `vqkernels info`."""
     facts = cpu.build_facts()
     levels = cpu.simd_levels()
-    problem, _ = gpu.state("cpu")
+    problem, _ = proof.state("cpu")
     lines = [
         ("torch", torch.__version__),
         ("backend cpu", f"unavailable: {problem}" if problem else f"C++ kernels, {' '.join(levels)}"),
@@ -146,13 +146,13 @@ def report() -> list[tuple[str, str]]:
 
 def _triton_report() -> list[tuple[str, str]]:
     """The backend, and what is known of each GPU."""
-    gpus = gpu.visible()
-    problems = {gpu.state("triton", one.number)[0] for one in gpus} or {gpu.state("triton", 0)[0]}
+    gpus = proof.visible()
+    problems = {proof.state("triton", one.number)[0] for one in gpus} or {proof.state("triton", 0)[0]}
     if "" not in problems:
         return [("backend triton", f"unavailable: {'; '.join(sorted(problems))}")]
     lines = [("backend triton", f"{triton.built_by()}, kernels {triton.source_hash()}")]
     for one in gpus:
-        served = not gpu.state("triton", one.number)[0]
+        served = not proof.state("triton", one.number)[0]
         told = _proof("triton", one, "not verified: ") if served else f"not served: {triton.needs()}"
         lines.append((f"GPU {one.number}", f"{one.name}, sm_{one.capability[0]}{one.capability[1]}, {told}"))
     return lines
@@ -164,32 +164,32 @@ def _cuda_report() -> list[tuple[str, str]]:
         return [("backend cuda", f"unavailable: {problem}")]
     built = f"{cuda.compiler()} for {', '.join(cuda.architectures())}; {', '.join(operators('cuda'))}"
     lines = [("backend cuda", f"{built}; kernels {cuda.source_hash()}")]
-    for one in gpu.visible():
-        told = gpu.state("cuda", one.number)[0] or _proof("cuda", one, "not verified: auto does not take it; ")
+    for one in proof.visible():
+        told = proof.state("cuda", one.number)[0] or _proof("cuda", one, "not verified: auto does not take it; ")
         lines.append((f"cuda on GPU {one.number}", told))
     if len(lines) == 1:
-        proof = BACKENDS["cuda"].proof
-        lines.append(("cuda on a GPU", f"never proved on a GPU: auto does not take it before `{proof}`"))
+        command = BACKENDS["cuda"].proof
+        lines.append(("cuda on a GPU", f"never proved on a GPU: auto does not take it before `{command}`"))
     return lines
 
 
-def _proof(backend: str, one: gpu.Gpu, otherwise: str) -> str:
+def _proof(backend: str, one: proof.Gpu, otherwise: str) -> str:
     """Which table says that the kernels were verified on a GPU, or what to do."""
-    by = verified.where(gpu.key(backend, one))
+    by = verified.where(proof.key(backend, one))
     return f"verified, says {by}" if by else f"{otherwise}run `{BACKENDS[backend].proof}`"
 
 
 def _automatic_on_gpu() -> str:
     """What "auto" takes on each GPU; one text where they agree."""
-    choices = {one.number: _on_gpu(one.number) for one in gpu.visible()} or {0: _on_gpu(0)}
+    choices = {one.number: _on_gpu(one.number) for one in proof.visible()} or {0: _on_gpu(0)}
     if len(set(choices.values())) == 1:
         return next(iter(choices.values()))
     return "; ".join(f"GPU {number}: {choice}" for number, choice in choices.items())
 
 
 def _on_gpu(number: int) -> str:
-    problem, doubt = gpu.state("triton", number)
+    problem, doubt = proof.state("triton", number)
     if not problem and not doubt:
         return "triton"
-    serving = "eager" if any(gpu.state("cuda", number)) else "cuda, and eager where it has no kernel"
+    serving = "eager" if any(proof.state("cuda", number)) else "cuda, and eager where it has no kernel"
     return f"{serving}: {problem or doubt}"

@@ -14,7 +14,7 @@ from datetime import date
 
 import torch
 
-from vqkernels.backends import gpu, registry, verified
+from vqkernels.backends import proof, registry, verified
 from vqkernels.backends.table import BACKENDS
 from vqkernels.verification.suite import verify
 
@@ -50,7 +50,7 @@ def _devices(backend: str, wanted: str | None) -> list[torch.device]:
         registry.resolve(backend, device)
         return [device if device.type != "cuda" else torch.device("cuda", device.index or 0)]
     # one GPU of each compute capability that the kernels support; if they support none, the first says why
-    kinds = {one.capability: one.number for one in reversed(gpu.visible()) if not gpu.state(backend, one.number)[0]}
+    kinds = {one.capability: one.number for one in reversed(proof.visible()) if not proof.state(backend, one.number)[0]}
     if not kinds:
         registry.resolve(backend, torch.device("cuda", 0))
     return [torch.device("cuda", number) for number in sorted(kinds.values())]
@@ -58,7 +58,7 @@ def _devices(backend: str, wanted: str | None) -> list[torch.device]:
 
 def _prove(backend: str, device: torch.device) -> bool:
     """Run the suite on one device, print each claim, and record the proof if the kernels need one."""
-    one = None if device.type != "cuda" else next(x for x in gpu.visible() if x.number == device.index)
+    one = None if device.type != "cuda" else next(x for x in proof.visible() if x.number == device.index)
     print(f"backend {backend} on {one or device}", flush=True)
     failed, start = False, time.perf_counter()
     # the claims share no kernels, and compiling one after another would take minutes
@@ -81,7 +81,7 @@ def _prove(backend: str, device: torch.device) -> bool:
         return True
     facts = {"gpu": one.name, "torch": torch.__version__, "when": date.today().isoformat()}
     try:
-        path = verified.record(gpu.key(backend, one), facts)
+        path = verified.record(proof.key(backend, one), facts)
     except OSError as error:
         print(f"  everything proved in {seconds:.0f} s, but it cannot be noted: {error}")
         return False

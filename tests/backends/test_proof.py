@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import vqkernels as vq
-from vqkernels.backends import gpu, registry, triton, verified
+from vqkernels.backends import proof, registry, triton, verified
 from vqkernels.cli import verify
 
-HOPPER = gpu.Gpu(0, "NVIDIA H200", (9, 0))
-TURING = gpu.Gpu(1, "Tesla T4", (7, 5))
-AMPERE = gpu.Gpu(2, "NVIDIA A100", (8, 0))
+HOPPER = proof.Gpu(0, "NVIDIA H200", (9, 0))
+TURING = proof.Gpu(1, "Tesla T4", (7, 5))
+AMPERE = proof.Gpu(2, "NVIDIA A100", (8, 0))
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "_override", "auto")
 
     def having(*gpus):
-        monkeypatch.setattr(gpu, "_states", {})
+        monkeypatch.setattr(proof, "_states", {})
         monkeypatch.setattr(registry, "_choices", {})
-        monkeypatch.setattr(gpu, "visible", lambda: list(gpus))
+        monkeypatch.setattr(proof, "visible", lambda: list(gpus))
 
     return having
 
@@ -48,7 +48,7 @@ def test_auto_takes_no_unverified_kernel_and_names_the_command_once(machine):
 
 def test_auto_takes_what_the_user_verified(machine):
     machine(HOPPER)
-    path = verified.record(gpu.key("triton", HOPPER), {"gpu": HOPPER.name})
+    path = verified.record(proof.key("triton", HOPPER), {"gpu": HOPPER.name})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert registry.resolve("auto", "cuda") == "triton"
@@ -61,7 +61,7 @@ def test_auto_takes_what_the_user_verified(machine):
 
 def test_auto_takes_what_the_package_verified(machine, monkeypatch, tmp_path):
     table = tmp_path / "package.json"
-    table.write_text(json.dumps({"format": 1, "verified": [gpu.key("triton", HOPPER)._asdict()]}))
+    table.write_text(json.dumps({"format": 1, "verified": [proof.key("triton", HOPPER)._asdict()]}))
     monkeypatch.setattr(verified, "PACKAGE", table)
     machine(HOPPER)
     assert registry.resolve("auto", "cuda") == "triton"
@@ -70,7 +70,7 @@ def test_auto_takes_what_the_package_verified(machine, monkeypatch, tmp_path):
 @pytest.mark.parametrize("field", ["capability", "source", "compiler"])
 def test_a_verification_of_something_else_vouches_for_nothing(field, machine):
     machine(HOPPER)
-    verified.record(gpu.key("triton", HOPPER)._replace(**{field: "other"}), {})
+    verified.record(proof.key("triton", HOPPER)._replace(**{field: "other"}), {})
     with pytest.warns(RuntimeWarning, match="vqkernels verify"):
         assert registry.resolve("auto", "cuda") == "eager"
 
@@ -78,7 +78,7 @@ def test_a_verification_of_something_else_vouches_for_nothing(field, machine):
 def test_each_gpu_is_judged_alone(machine):
     """Of three GPUs one is verified, one is not, one is too old: a tensor's own GPU decides."""
     machine(HOPPER, TURING, AMPERE)
-    path = verified.record(gpu.key("triton", HOPPER), {})
+    path = verified.record(proof.key("triton", HOPPER), {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert registry.resolve("auto", torch.device("cuda", 0)) == "triton"
@@ -102,14 +102,14 @@ def test_each_gpu_is_judged_alone(machine):
 def test_a_gpu_is_looked_up_once_and_no_other_with_it(machine, monkeypatch):
     """Nothing is asked of CUDA before the first tensor on a GPU, and nothing about a GPU again after it."""
     machine(HOPPER, AMPERE)
-    verified.record(gpu.key("triton", HOPPER), {})
+    verified.record(proof.key("triton", HOPPER), {})
     asked = []
-    monkeypatch.setattr(gpu, "_judge", lambda *which, judge=gpu._judge: asked.append(which) or judge(*which))
+    monkeypatch.setattr(proof, "_judge", lambda *which, judge=proof._judge: asked.append(which) or judge(*which))
     assert registry.resolve("auto", torch.device("cpu")) in ("cpu", "eager")
     assert asked == []
     for _ in range(3):
         registry.resolve("auto", torch.device("cuda", 0))
-    assert asked == [("triton", 0)] and gpu._states == {("triton", 0): ("", "")}
+    assert asked == [("triton", 0)] and proof._states == {("triton", 0): ("", "")}
 
 
 def test_the_operations_pass_the_device_of_their_tensor(monkeypatch):
@@ -161,7 +161,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph(machine):
 
     torch._dynamo.reset()
     machine(HOPPER, TURING, AMPERE)
-    verified.record(gpu.key("triton", HOPPER), {})
+    verified.record(proof.key("triton", HOPPER), {})
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
     assert compiled(torch.zeros(())) == -9
     with registry.use_backend("eager"):
@@ -175,18 +175,18 @@ def test_a_damaged_table_vouches_for_nothing_and_is_replaced(text, machine):
     path = verified.user_path()
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert verified.where(gpu.key("triton", HOPPER)) is None
-    verified.record(gpu.key("triton", HOPPER), {"gpu": "a"})
-    verified.record(gpu.key("triton", HOPPER), {"gpu": "b"})
-    verified.record(gpu.key("triton", HOPPER)._replace(source="older"), {})
+    assert verified.where(proof.key("triton", HOPPER)) is None
+    verified.record(proof.key("triton", HOPPER), {"gpu": "a"})
+    verified.record(proof.key("triton", HOPPER), {"gpu": "b"})
+    verified.record(proof.key("triton", HOPPER)._replace(source="older"), {})
     assert [entry.get("gpu") for entry in json.loads(path.read_text())["verified"]] == ["b", None]
-    assert verified.where(gpu.key("triton", HOPPER)) == str(path)
+    assert verified.where(proof.key("triton", HOPPER)) == str(path)
 
 
 def test_an_entry_of_an_older_version_still_vouches(machine):
     """It has the compiler under "triton"."""
     machine(HOPPER)
-    path, old = verified.user_path(), gpu.key("triton", HOPPER)._asdict()
+    path, old = verified.user_path(), proof.key("triton", HOPPER)._asdict()
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"format": 1, "verified": [old | {"triton": old.pop("compiler")}]}))
     assert registry.resolve("auto", "cuda", "nearest") == "triton"
