@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqkernels as vq
 from vqkernels import reference
-from vqkernels.backends import eager_entropy
+from vqkernels.backends.eager import entropy as eager_entropy
 from vqkernels.verification.layouts import LAYOUTS, flat, flat_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

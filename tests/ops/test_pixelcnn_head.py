@@ -6,7 +6,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from vqkernels.backends import cpu
-from vqkernels.backends import pixelcnn_head as eager
+from vqkernels.backends.eager import pixelcnn_head as eager
 from vqkernels.ops import pixelcnn_head as ops
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 4, 8), (3, 2, 7, 19), (2, 4, 8, 64), (1, 1, 33, 50), (2, 16, 16, 33), (0, 3, 4, 8)]

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqkernels as vq
 from vqkernels import reference
-from vqkernels.backends import counter, cpu, sampling
+from vqkernels.backends import counter, cpu
+from vqkernels.backends.eager import sample as sampling
 from vqkernels.ops.quantize import quantize_with_statistics
 from vqkernels.verification.layouts import LAYOUTS, flat, flat_rows
 

@@ -4,7 +4,7 @@ The features of both stacks are rows (grid, row, column). The vertical stack pas
 Winograd's filtering F(4, 3), so that its 2 x 3 convolution is six products with half the multiply-adds; the horizontal
 stack passes as pairs [left neighbour, own feature], so that its 1 x 2 convolution is one product. The first layer's
 products with the embedding, one for each tap, are made for each code, looked up and added. The backward pass computes
-the gates again from what stands before them. What each pass computes stands in vqkernels/backends/pixelcnn_layer.py.
+the gates again from what came before them. What each pass computes is in vqkernels/backends/eager/pixelcnn_layer.py.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.pixelcnn_layer import ELEMENTS, tiles_of
+from ..backends.eager.pixelcnn_layer import ELEMENTS, tiles_of
 from .registration import Operation
 
 __all__ = ["gated_layer", "look_up_taps", "start_layer"]

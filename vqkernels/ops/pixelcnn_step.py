@@ -2,14 +2,14 @@
 
 The vertical stack advances when a step enters a grid row, the horizontal stack at every position. Whatever a later
 position needs stays in the cache, so that a position costs a few small products over the batch, and a whole grid about
-as much as one forward pass. The layout of weights and cache stands in vqkernels/backends/pixelcnn.py.
+as much as one forward pass. The layout of weights and cache stands in vqkernels/backends/eager/pixelcnn_step.py.
 """
 
 import torch
 from torch import Tensor
 
 from ..backends import registry
-from ..backends.pixelcnn import PixelCNNSizes, pack, panel_width
+from ..backends.eager.pixelcnn_step import PixelCNNSizes, pack, panel_width
 from .registration import Operation
 
 __all__ = ["PixelCNNSizes", "advance", "pack", "panel_width", "pixelcnn_step"]

@@ -10,8 +10,9 @@ pytest.importorskip("triton")
 
 from backends.triton import hostile
 
-from vqkernels.backends import eager, table
+from vqkernels.backends import table
 from vqkernels.backends import triton as backend
+from vqkernels.backends.eager import quantize as eager
 
 NAMESPACE = "vqkernels_triton_test"
 CODES, DIM, LEVELS = 9, 6, 3

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import code_norms
-from .layout import empty_rows, layout_of
-from .options import GradientOptions, QuantizeOptions, SearchOptions
+from ...reference import code_norms
+from ..layout import empty_rows, layout_of
+from ..options import GradientOptions, QuantizeOptions, SearchOptions
 from .rotation import rotate_gradient
 
 _BLOCK_ELEMENTS = 1 << 22  # scores alive at once: 16 MB of float32

@@ -6,7 +6,7 @@ Specified by `vqkernels.reference.rotate`, whose transpose this is. The twin of 
 import torch
 from torch import Tensor
 
-from ..reference import OPPOSITE
+from ...reference import OPPOSITE
 
 
 def rotate_gradient(gradient: Tensor, z: Tensor, codes: Tensor) -> Tensor:

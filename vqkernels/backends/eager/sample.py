@@ -8,10 +8,10 @@ its neighbours nor the size of its block. Nothing synchronises with the device.
 import torch
 from torch import Tensor
 
-from ..reference import code_norms
-from . import counter
-from .layout import layout_of
-from .temperature import host_temperature
+from ...reference import code_norms
+from .. import counter
+from ..layout import layout_of
+from ..temperature import host_temperature
 
 _BLOCK_ELEMENTS = 1 << 21  # scores alive at once: 16 MB of float64
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eager import product_is_float32, without_autocast
-from .layout import empty_rows, layout_of
-from .temperature import host_temperature
+from ..layout import empty_rows, layout_of
+from ..temperature import host_temperature
+from .quantize import product_is_float32, without_autocast
 
 _BLOCK_ELEMENTS = 1 << 20  # logits in a block: 4 MB of float32
 

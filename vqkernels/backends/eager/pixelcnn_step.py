@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .drawing import draw_codes, guided
+from ..drawing import draw_codes, guided
 
 PANEL_BYTES = 128
 

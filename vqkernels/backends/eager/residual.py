@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager
-from .layout import empty_rows, layout_of
-from .options import GradientOptions, QuantizeOptions
+from ..layout import empty_rows, layout_of
+from ..options import GradientOptions, QuantizeOptions
+from . import quantize as eager
 from .rotation import rotate_gradient
 
 
