@@ -15,6 +15,9 @@ TRITON_TESTS := tests/backends/triton $(shell grep -l 'importorskip("triton")' t
 # those of tracing, exporting, killing and ranks, which take long and compute nothing else.
 ROUNDING_TESTS := -m "not slow" -k "not (graphs or export or compil or kill or ranks)" \
 	tests/models tests/training tests/cli tests/nn tests/dropin
+# Operators, layers and models on the CPU and the pages: what an edit breaks first.
+QUICK_TESTS := -m "not slow" -k "not (graphs or export or compil or graph or ranks or recomputation or matrix or collapse or onnx)" \
+	tests/ops tests/nn tests/docs
 # Two other CPUs than this one, by the instructions that torch and its libraries may use. What Inductor has compiled for one
 # is no code for another, but its cache does not tell them apart.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -28,7 +31,7 @@ NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $
 export FORCE_CUDA ?= $(if $(NVCC),1,0)
 export TORCH_CUDA_ARCH_LIST ?= 9.0a
 
-.PHONY: demo test test-slow test-cpus test-all test-triton test-triton-slow lint instructions clean
+.PHONY: demo quick test test-slow test-cpus test-all test-triton test-triton-slow lint instructions clean
 .NOTPARALLEL:
 
 # Torch first and pinned: the build compiles against it, and a bare `torch` would bring gigabytes of CUDA.
@@ -66,13 +69,20 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+quick: $(READY)
+	@echo "== the tests that an edit breaks first; about 90 seconds"
+	$(BIN)/pytest -n auto $(QUICK_TESTS)
+
 test: lint test-triton
+	@echo "== the whole suite but for its slow tests; about 10 minutes"
 	$(BIN)/pytest -n auto -m "not slow"
 
 test-slow: test-triton-slow
+	@echo "== the slow tests; about 12 minutes"
 	$(BIN)/pytest -n auto -m slow
 
 test-cpus: $(READY)
+	@echo "== what rounds differently on another CPU, on two of them; about 8 minutes"
 	$(AVX2) $(BIN)/pytest -n auto $(ROUNDING_TESTS)
 	$(OLDEST) $(BIN)/pytest -n auto $(ROUNDING_TESTS)
 
@@ -81,6 +91,7 @@ test-all: test test-slow test-cpus
 # One worker per file: the files that compile share what they compiled. Triton has wheels for Linux alone.
 ifeq ($(shell uname -s),Linux)
 test-triton: $(READY) $(TRITON_READY)
+	@echo "== the Triton kernels, interpreted; about 4 minutes"
 	PYTHONPATH=$(CURDIR) $(TRITON_BIN)/pytest -n auto --dist loadfile -m "not slow" $(TRITON_TESTS)
 
 test-triton-slow: $(READY) $(TRITON_READY)

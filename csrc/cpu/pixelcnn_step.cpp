@@ -17,7 +17,7 @@ struct Draw {
   std::vector<int64_t> order;
 };
 
-// Puts the kept codes at the front of draw.order and returns how many they are: the rule of backends/drawing.py.
+// Puts the kept codes at the front of draw.order and returns how many they are: the rule of vqkernels/backends/drawing.py.
 int64_t keep(Draw& draw, int64_t top_k, double top_p) {
   const std::vector<double>& weight = draw.weight;
   const auto later = [&](int64_t a, int64_t b) { return weight[a] < weight[b] || (weight[a] == weight[b] && a > b); };

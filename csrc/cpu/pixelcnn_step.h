@@ -4,7 +4,7 @@
 // temperature, truncation and the draw from a uniform number that was drawn before; where a position begins a grid row,
 // the vertical stack of that row first. Never built: the activations of a position that is over, but for what a later
 // one reads. A position reads every weight of the horizontal stack and the head once for all grids of a thread, and
-// nothing is allocated. Weights lie in panels of 128 bytes of outputs (vqkernels/backends/pixelcnn.py has the layout of
+// nothing is allocated. Weights lie in panels of 128 bytes of outputs (vqkernels/backends/eager/pixelcnn_step.py has the layout of
 // weights and cache), so that a product walks them front to back with its sums in registers.
 //
 // Every sum runs over its inputs in order, whatever the batch, the threads and the chunks: a grid's bits depend on
