@@ -34,7 +34,14 @@ def test_levels_have_measures_of_their_own():
     assert used.compute().perplexity.shape == (3,)
 
 
-@pytest.mark.parametrize("indices", [torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 3)])
+@pytest.mark.parametrize(
+    "indices",
+    [
+        torch.zeros(4, 2, dtype=torch.int64),
+        *(torch.zeros(4, 3).to(t) for t in (torch.float32, torch.bool, torch.cfloat)),
+        [1],
+    ],
+)
 def test_other_indices_are_refused(indices):
-    with pytest.raises(ValueError, match=r"indices must be integers \(..., 3\), got"):
+    with pytest.raises((ValueError, TypeError), match=r"indices must be (a tensor of )?integers \(..., 3\), got"):
         CodebookUsage(8, codebooks=(3,)).update(indices)

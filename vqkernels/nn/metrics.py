@@ -86,11 +86,14 @@ class CodebookUsage:
         """Counts integer indices `(..., *codebooks)`; -1 counts nowhere. Nothing is read from the device.
 
         Raises:
-            ValueError: the last axes of the indices are not `codebooks`.
+            TypeError: the indices are no tensor.
+            ValueError: the last axes of the indices are not `codebooks`, or they are no integers.
         """
-        number = len(self.codebooks)
-        if tuple(indices.shape[indices.dim() - number :]) != self.codebooks or indices.is_floating_point():
-            expected = ", ".join(("...", *map(str, self.codebooks)))
+        number, expected = len(self.codebooks), ", ".join(("...", *map(str, self.codebooks)))
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"indices must be a tensor of integers ({expected}), got {type(indices).__name__}")
+        counted = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+        if not counted or tuple(indices.shape[indices.dim() - number :]) != self.codebooks:
             raise ValueError(f"indices must be integers ({expected}), got {indices.dtype} {list(indices.shape)}")
         flat = indices.to(torch.int64).reshape(-1, max(1, self.counts.numel() // self.codebook_size)).T
         places = torch.where((flat >= 0) & (flat < self.codebook_size), flat, self.codebook_size)
