@@ -32,6 +32,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NOT_RUN = {
     "make demo": "takes a minute; tests/cli/test_demo.py holds what it runs",
     "make test": "these are the tests",
+    "make quick": "these are some of the tests",
     "pip install": "it would change the environment",
     "python3 -m venv": "it would make an environment",
     ".venv/bin/pip install": "it would change the environment",
