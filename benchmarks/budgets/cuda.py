@@ -2,7 +2,7 @@
 
 Compiles csrc/cuda/*.cu with nvcc and the flags of setup.py, once for every chip. What was compiled is kept in build/,
 keyed by the sources, the flags and nvcc's release. The kernels of CUB are not ours and are left out. The search, whose
-loop is counted too, has a table of its own (cuda_search.py).
+loop is counted too, has its own table (cuda_search.py).
 """
 
 import ast

@@ -6,7 +6,7 @@
 Needs torch, triton, numpy and the source tree, and no network. In this order: correctness, the accumulation model, the
 entropy kernels, the CUDA C++ kernels where they were built (FORCE_CUDA=1 pip install -e .), the benchmark grid, the
 VQ-VAE step, the full model beside the usual one, times of the entropy and the CUDA kernels, open questions. Nothing is
-timed unless everything before was right. Each stage has a file of its own, rewritten after every row, so that a run
+timed unless everything before was right. Each stage has its own file, rewritten after every row, so that a run
 that is cut off leaves complete files; a summary comes last.
 Returns 0 if everything that ran was right, 1 if not, 2 if there is nothing to run on.
 """

@@ -88,8 +88,8 @@ def verdict(told: str) -> str:
     return next(line for line in told.splitlines() if line.startswith("verdict"))
 
 
-def predicted(told: str) -> float:
-    return float(next(line for line in told.splitlines() if line.startswith("predicted")).split()[1].rstrip("x"))
+def number(told: str, name: str) -> float:
+    return float(next(line for line in told.splitlines() if line.startswith(name)).split()[1].rstrip("x"))
 
 
 def test_a_model_that_is_mostly_its_quantizer_is_worth_it(models, capsys):
@@ -108,7 +108,10 @@ def test_a_model_that_is_hardly_its_quantizer_is_not(models, capsys):
     assert run(["--model", "my_models:light", "--threads", "1", "--minutes", "0.1"]) == 0
     told = capsys.readouterr().out
     # The prediction is the quantizer's share of a step, which noise hardly moves; whole steps differ by more than that.
-    assert predicted(told) < 1.05 and verdict(told)
+    assert number(told, "predicted") < 1.05
+    # The figure is printed with two digits: at 1.05 itself either verdict may be right.
+    measured = number(told, "measured")
+    assert measured == 1.05 or verdict(told).startswith("verdict    not worth it: ") == (measured < 1.05)
 
 
 @pytest.mark.parametrize(
